@@ -117,15 +117,20 @@ class Evaluation:
         return np.asarray((images * 255).round(), dtype=np.uint8)
 
     def denoising(self) -> dict[str, Any]:
-        """Noise at t = 300 taken away again, judged; beside it the originals and the autoencoder alone."""
+        """Noise at t = 300 taken away again, judged, mean over draws; beside it the originals and the autoencoder."""
         original = to_pixels(torch.from_numpy(self.images).to(self.device))
         rebuilt = measures.decode(self.pipeline, self.latents)
         result: dict[str, Any] = {"original": self.judged(original), "autoencoder": self.judged(rebuilt)}
         rows = [list(self.images[:SHOWN]), list(to_images(rebuilt[:SHOWN]).cpu().numpy())]
         for name, prompts in self.captions.items():
-            pixels = measures.denoise(self.pipeline, self.latents, prompts, 300, stride=self.stride)
-            result[f"t300 {name}"] = self.judged(pixels)
-            rows.append(list(to_images(pixels[:SHOWN]).cpu().numpy()))
+            judged = []
+            for draw in range(self.config.evaluation.draws):
+                pixels = measures.denoise(self.pipeline, self.latents, prompts, 300, stride=self.stride, seed=draw)
+                judged.append(self.judged(pixels))
+                if draw == 0:
+                    rows.append(list(to_images(pixels[:SHOWN]).cpu().numpy()))
+            mean = {key: float(np.mean([one[key] for one in judged])) for key in judged[0]}
+            result[f"t300 {name}"] = {**mean, "coat_draws": [one["coat"] for one in judged]}
         save_grid(self.config.report / "denoised.png", rows)
         return result
 

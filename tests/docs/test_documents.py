@@ -27,6 +27,7 @@ NOT_RUN = {
     "featstore demo": "takes minutes; tests/pipelines/test_demo.py runs it in small",
     "featstore bench": "takes minutes; tests/benchmarks runs it in small",
     "python -m featstore.pipelines.train_reference": "takes hours; tests/pipelines/reference runs it in small",
+    "python -m featstore.pipelines.reference.compare": "takes minutes; tests/pipelines/reference runs it in small",
 }
 """Beginnings of commands that are not run here, with the reason."""
 SHORTER = {"train-head": ("--max-steps", "20")}
