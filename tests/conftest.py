@@ -26,6 +26,14 @@ def weights_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_reference(tmp_path_factory.mktemp("weights"))
 
 
+@pytest.fixture(scope="session")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random captioner; read only."""
+    from tests.tiny_captioners import build_tiny_blip
+
+    return build_tiny_blip(tmp_path_factory.mktemp("captioners") / "blip")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests remember (digests, rates) stays out of the user's cache."""
@@ -81,6 +89,7 @@ def features(labelled: Path, weights_root: Path, tmp_path_factory: pytest.TempPa
     """A store with ``labelled`` extracted by the tiny model: basic and prompt; read only."""
     from featstore.pipelines.extract import extract
     from featstore.pipelines.plan import ExtractConfig
+    from featstore.techniques import SteeringOptions
 
     store = tmp_path_factory.mktemp("store") / "features.zarr"
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +100,7 @@ def features(labelled: Path, weights_root: Path, tmp_path_factory: pytest.TempPa
                 techniques="basic,prompt",
                 store=str(store),
                 model="reference",
-                prompt="a horse, high quality",
+                steering=SteeringOptions(prompt="a horse, high quality"),
                 device="cpu",
                 batch_size=4,
             )

@@ -149,9 +149,10 @@ def _scheduler() -> PNDMScheduler:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer(folder: Path, *, pad_token: str = "<|endoftext|>", reverse: bool = False) -> CLIPTokenizer:
     letters = string.ascii_lowercase + string.digits + ",."
     pieces = [*letters, *(letter + "</w>" for letter in letters), "ho", "rs", "hors", "horse</w>"]
+    pieces = pieces[::-1] if reverse else pieces
     vocabulary = {piece: n for n, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     merges = [("h", "o"), ("r", "s"), ("ho", "rs"), ("hors", "e</w>")]
     tokenizer = CLIPTokenizer(
@@ -161,7 +162,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        pad_token=pad_token,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from featstore.errors import BadRequestError
@@ -50,6 +50,17 @@ class Read(enum.Enum):
     """Mean attention probabilities over the heads of all attention modules named, one channel a key token."""
 
 
+class Keys(enum.Enum):
+    """Which key tokens of an attention module a map shows."""
+
+    ALL = "all"
+    """All of them."""
+    IMAGE = "image"
+    """Those of the image, in joint attention over image and text."""
+    TEXT = "text"
+    """Those of the text, in joint attention over image and text."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tap:
     """Where one layer is read: declared data, resolved to hooks by `featstore.extraction.taps`."""
@@ -57,18 +68,24 @@ class Tap:
     layer: str
     """Public name."""
     modules: tuple[str, ...]
-    """Dotted names of modules of a stock ``UNet2DConditionModel``; one, except for aggregated attention."""
+    """Dotted names of modules of a stock UNet or transformer; one, except for aggregated attention."""
     read: Read
     """What is taken there."""
     channels: int
     """Channels of the map; 0: as many as the map has positions (self-attention)."""
     factor: int
     """Latent side / map side."""
+    output: int = 0
+    """Which of the module's outputs is taken, where it returns several."""
+    keys: Keys = Keys.ALL
+    """Which keys an attention map shows; rows of maps of some of them add up to less than 1."""
 
-    def shape(self, latent_height: int, latent_width: int) -> Shape:
-        """(C, H, W) of one image's map for latents of this size."""
+    def shape(self, latent_height: int, latent_width: int, prompt_chunks: int = 1) -> Shape:
+        """(C, H, W) of one image's map for latents of this size and texts of so many chunks."""
         height, width = latent_height // self.factor, latent_width // self.factor
-        return self.channels or height * width, height, width
+        # The channels of attention are key tokens; those of cross-attention are the text's.
+        chunks = prompt_chunks if self.read is Read.ATTENTION else 1
+        return self.channels * chunks or height * width, height, width
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +96,8 @@ class _Level:
     prefix: str
     module: str
     repeats: int
-    depth: int
+    depths: tuple[int, ...]
+    """Blocks of each transformer; empty: the level has none."""
     channels: int
     factor: int
     sampler: str | None
@@ -103,9 +121,9 @@ def taps(unet_config: Mapping[str, Any], *, text_tokens: int) -> dict[str, Tap]:
     members: dict[tuple[str, int, str], list[str]] = {}
     for level in _levels(unet_config):
         found.extend(_level_taps(level, text_tokens))
-        for name in _transformers(level):
+        for name, depth in _transformers(level):
             for kind, attention in (("cross", "attn2"), ("self", "attn1")):
-                blocks = [f"{name}.transformer_blocks.{k}.{attention}" for k in range(level.depth)]
+                blocks = [f"{name}.transformer_blocks.{k}.{attention}" for k in range(depth)]
                 members.setdefault((level.stage, level.factor, kind), []).extend(blocks)
     found.append(_tap("unet-out", "conv_out", Read.OUTPUT, unet_config["out_channels"], 1))
     for (stage, factor, kind), modules in members.items():
@@ -115,25 +133,30 @@ def taps(unet_config: Mapping[str, Any], *, text_tokens: int) -> dict[str, Tap]:
     return {tap.layer: tap for tap in found}
 
 
-def presets(unet_config: Mapping[str, Any], *, text_tokens: int) -> dict[str, tuple[str, ...]]:
+PRACTICAL = (
+    "up-level1-repeat1-vit-block0-cross-q",
+    "up-level1-repeat2-res-out",
+    "up-level2-repeat1-vit-block0-cross-q",
+    "up-level3-repeat0-vit-block0-self-k",
+)
+"""The seed code's hand-picked layers of Stable Diffusion 1."""
+
+
+def presets(
+    unet_config: Mapping[str, Any], *, text_tokens: int, practical: tuple[str, ...] = PRACTICAL
+) -> dict[str, tuple[str, ...]]:
     """Named choices of layers.
 
     ``legacy``: the last output of every level of the upsampling stage, and its cross-attention at half and a
-    quarter of the latent side (the seed code's choice). ``practical``: the seed code's four hand-picked layers,
-    where the UNet has them. ``full``: every layer but the aggregated attention, maps included.
+    quarter of the latent side (the seed code's choice). ``practical``: hand-picked layers, where the UNet has them
+    all. ``full``: every layer but the aggregated attention, maps included.
     """
     known = taps(unet_config, text_tokens=text_tokens)
     ups = [level for level in _levels(unet_config) if level.stage == "up"]
     legacy = [f"{level.prefix}-upsampler-out" for level in ups if level.sampler]
     last = ups[-1]
-    legacy.append(f"{last.prefix}-repeat{last.repeats - 1}-{'vit' if last.depth else 'res'}-out")
+    legacy.append(f"{last.prefix}-repeat{last.repeats - 1}-{'vit' if last.depths else 'res'}-out")
     legacy += [name for name in ("attn-up-cross-2", "attn-up-cross-4") if name in known]
-    practical = (
-        "up-level1-repeat1-vit-block0-cross-q",
-        "up-level1-repeat2-res-out",
-        "up-level2-repeat1-vit-block0-cross-q",
-        "up-level3-repeat0-vit-block0-self-k",
-    )
     result = {"legacy": tuple(legacy)}
     if all(name in known for name in practical):
         result["practical"] = practical
@@ -157,7 +180,7 @@ def _levels(config: Mapping[str, Any]) -> Iterator[_Level]:
         attends, last = _attends(kind, _DOWN_TYPES), i == count - 1
         yield _Level(
             stage="down", prefix=f"down-level{i}", module=f"down_blocks.{i}", repeats=repeats[i],
-            depth=depths[i] if attends else 0, channels=widths[i], factor=factor,
+            depths=_depths(depths[i], repeats[i]) if attends else (), channels=widths[i], factor=factor,
             sampler=None if last else "downsampler",
         )  # fmt: skip
         factor *= 1 if last else 2
@@ -166,20 +189,26 @@ def _levels(config: Mapping[str, Any]) -> Iterator[_Level]:
     if attends_mid is not None:
         yield _Level(
             stage="mid", prefix="mid", module="mid_block", repeats=2 if attends_mid else 1,
-            depth=depths[-1] if attends_mid else 0, channels=widths[-1], factor=factor, sampler=None,
+            depths=_depths(depths[-1], 1) if attends_mid else (), channels=widths[-1], factor=factor, sampler=None,
         )  # fmt: skip
     for i, kind in enumerate(config["up_block_types"]):
         attends, last = _attends(kind, _UP_TYPES), i == count - 1
         yield _Level(
             stage="up", prefix=f"up-level{i}", module=f"up_blocks.{i}", repeats=repeats[::-1][i] + 1,
-            depth=up_depths[i] if attends else 0, channels=widths[::-1][i], factor=factor,
+            depths=_depths(up_depths[i], repeats[::-1][i] + 1) if attends else (), channels=widths[::-1][i],
+            factor=factor,
             sampler=None if last else "upsampler",
         )  # fmt: skip
         factor //= 1 if last else 2
 
 
-def _per_level(value: int | list[int], count: int) -> list[int]:
+def _per_level(value: Any, count: int) -> list[Any]:
     return [value] * count if isinstance(value, int) else list(value)
+
+
+def _depths(value: int | Sequence[int], transformers: int) -> tuple[int, ...]:
+    """Blocks of each of a level's transformers, for which the configuration has one number or one each."""
+    return (value,) * transformers if isinstance(value, int) else tuple(value[:transformers])
 
 
 def _attends(kind: str | None, known: Mapping[Any, Any]) -> Any:
@@ -189,11 +218,12 @@ def _attends(kind: str | None, known: Mapping[Any, Any]) -> Any:
     return known[kind]
 
 
-def _transformers(level: _Level) -> list[str]:
-    """Dotted names of the level's transformers; the middle block has one, between its two ResNet blocks."""
-    if not level.depth:
-        return []
-    return [f"{level.module}.attentions.{j}" for j in range(1 if level.stage == "mid" else level.repeats)]
+def _transformers(level: _Level) -> list[tuple[str, int]]:
+    """Dotted names of the level's transformers, each with its number of blocks.
+
+    The middle block has one, between its two ResNet blocks.
+    """
+    return [(f"{level.module}.attentions.{j}", depth) for j, depth in enumerate(level.depths)]
 
 
 def _level_taps(level: _Level, text_tokens: int) -> Iterator[Tap]:
@@ -205,11 +235,10 @@ def _level_taps(level: _Level, text_tokens: int) -> Iterator[Tap]:
         yield _tap(f"{layer}-out", module, Read.OUTPUT, c, f)
         if j < len(transformers):
             prefix = "mid-vit" if level.stage == "mid" else f"{level.prefix}-repeat{j}-vit"
-            for k in range(level.depth):
-                yield from _block_taps(
-                    f"{prefix}-block{k}", f"{transformers[j]}.transformer_blocks.{k}", c, f, text_tokens
-                )
-            yield _tap(f"{prefix}-out", transformers[j], Read.OUTPUT, c, f)
+            transformer, depth = transformers[j]
+            for k in range(depth):
+                yield from _block_taps(f"{prefix}-block{k}", f"{transformer}.transformer_blocks.{k}", c, f, text_tokens)
+            yield _tap(f"{prefix}-out", transformer, Read.OUTPUT, c, f)
     if level.sampler:
         side = f * 2 if level.sampler == "downsampler" else f // 2
         yield _tap(f"{level.prefix}-{level.sampler}-out", f"{level.module}.{level.sampler}s.0", Read.OUTPUT, c, side)

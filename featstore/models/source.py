@@ -2,141 +2,183 @@
 
 from __future__ import annotations
 
+import abc
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from featstore.errors import BadRequestError, NotFoundError, unknown_name
 from featstore.models.digests import files_sha256
-from featstore.models.files import DIFFUSERS_STEM, TRANSFORMERS_STEM, WeightFiles, read_json, weight_files
-from featstore.models.layers import Shape, Tap, presets, taps
+from featstore.models.files import WeightFiles, read_json, weight_files
+from featstore.models.layers import Shape, Tap
+from featstore.models.trained import find_trained, trained_variants
 
 if TYPE_CHECKING:
-    from featstore.models.backbone import Backbone
+    from featstore.models.backbones.base import Backbone
 
-_COMPONENTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-_WEIGHTED = {"unet": DIFFUSERS_STEM, "vae": DIFFUSERS_STEM, "text_encoder": TRANSFORMERS_STEM}
-_NEEDED = {
-    "unet": (
-        "sample_size",
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "down_block_types",
-        "up_block_types",
-        "cross_attention_dim",
-    ),
-    "vae": ("latent_channels", "block_out_channels"),
-    "text_encoder": (),
-}
-_PLAIN_UNET = {
-    "addition_embed_type": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "encoder_hid_dim": None,
-    "time_cond_proj_dim": None,
-    "dual_cross_attention": False,
-}
+Place = Path | Callable[[], Path]
+"""A folder, or what finds (and perhaps fetches) it when it is asked for."""
 
 
-class ModelSource:
-    """A Stable Diffusion pipeline folder (diffusers layout) on this machine.
+class ModelSource(abc.ABC):
+    """A pipeline folder (diffusers layout) on this machine; each family of models is a subclass.
 
-    Creating one reads configuration files only and refuses what is no such folder.
+    Creating one reads configuration files only and refuses what is no folder of its family.
 
     Args:
         name: public name, part of recipes and store paths.
         folder: the pipeline folder, with ``model_index.json``.
         controlnets: the model's own ControlNets by variant.
         loras: the model's own LoRAs by (data set, variant).
+        allow_pickle: whether weights may be pickles (``.bin``) where there are no safetensors.
+        absent: set if the folder holds the configuration alone: layers and sizes are known, and this error, which
+            says how to get the weights, is raised where they are needed.
 
     Raises:
         NotFoundError: if the folder or one of its configuration files is absent.
         BadRequestError: if it holds a model of another kind.
     """
 
+    components: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Parts that ``model_index.json`` must list, each with the class names that are taken."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that a pipeline can do without."""
+    weighted: ClassVar[Mapping[str, str]]
+    """Parts that have weights, each with the stem of its weight files."""
+    tokenizers: ClassVar[tuple[str, ...]]
+    """Folders of tokenizers."""
+    needed: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Keys that a part's ``config.json`` must have."""
+    techniques: ClassVar[frozenset[str]]
+    """Names of the techniques that can steer the family; ``basic`` always can."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """Why some of the other techniques cannot, for people."""
+    scheduler: ClassVar[str] = "ddpm-forward"
+    """How latents are noised, as recipes say it."""
+    chunked_text: ClassVar[bool] = False
+    """Whether long texts can be encoded in chunks side by side: where CLIP's are the only text encoders."""
     default_layers = "legacy"
     """Layers that are extracted unless others are asked for."""
+    weights_root: Path | None = None
+    """Folder that LoRAs trained for the model are looked for in; None: ``$FEATSTORE_WEIGHTS``, else ``./weights``."""
 
     def __init__(
         self,
         name: str,
         folder: Path,
         *,
-        controlnets: Mapping[str, Path] | None = None,
+        controlnets: Mapping[str, Place] | None = None,
         loras: Mapping[tuple[str, str | None], Path] | None = None,
+        allow_pickle: bool = False,
+        absent: NotFoundError | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
+        self.allow_pickle = allow_pickle
+        self.absent = absent
         self._controlnets = dict(controlnets or {})
         self._loras = dict(loras or {})
+        self.left_out: frozenset[str] = frozenset()
+        """Optional parts that the pipeline does without."""
         self._check_components()
-        self.unet_config = self._config("unet")
-        self.vae_config = self._config("vae")
-        self._check_unet()
-        text = self._config("text_encoder")
-        # transformers leaves defaults out of config.json; 77 is CLIP's.
-        self.text_tokens: int = text.get("max_position_embeddings", 77)
-        self.presets: Mapping[str, tuple[str, ...]] = presets(self.unet_config, text_tokens=self.text_tokens)
+        self._read()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {str(self.folder)!r})"
+
+    # what a family gives
+
+    @property
+    @abc.abstractmethod
+    def text_tokens(self) -> int:
+        """Length of an encoded prompt: the number of channels of cross-attention maps; 0 for models without text."""
+
+    @property
+    @abc.abstractmethod
+    def denoiser_config(self) -> Mapping[str, Any]:
+        """Configuration of the network that layers are read from."""
+
+    @property
+    @abc.abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of what is noised."""
+
+    @property
+    @abc.abstractmethod
+    def latent_factor(self) -> int:
+        """Image side / latent side; 1 for models of pixels."""
+
+    @property
+    @abc.abstractmethod
+    def size_multiple_px(self) -> int:
+        """Image sides are multiples of this."""
+
+    @property
+    @abc.abstractmethod
+    def default_image_size_px(self) -> int:
+        """Side of the images that the model was trained on."""
+
+    @functools.cached_property
+    @abc.abstractmethod
+    def taps(self) -> Mapping[str, Tap]:
+        """All layers by name."""
+
+    @functools.cached_property
+    @abc.abstractmethod
+    def presets(self) -> Mapping[str, tuple[str, ...]]:
+        """Named choices of layers; the default one first."""
+
+    @abc.abstractmethod
+    def load(self, device: str = "cpu", compute_dtype: str = "float32") -> Backbone:
+        """Load the weights, frozen, onto a device.
+
+        Args:
+            device: a torch device, e.g. ``cpu`` or ``cuda:0``.
+            compute_dtype: ``float32``, ``float16`` or ``bfloat16``.
+
+        Raises:
+            BadRequestError: for a device or type that is not there.
+            NotFoundError: if weights are missing.
+        """
+
+    # configuration
+
+    @abc.abstractmethod
+    def _read(self) -> None:
+        """Read the configuration files of the family and refuse what is not of it."""
 
     def _check_components(self) -> None:
         if not self.folder.is_dir():
             raise NotFoundError(f"model {self.name!r}: there is no folder {self.folder}")
         index = read_json(self.folder / "model_index.json", f"model {self.name!r}")
-        for component, wanted in _COMPONENTS.items():
+        for component, wanted in self.components.items():
             found = index.get(component)
+            if component in self.optional and found in (None, [None, None]):
+                self.left_out |= {component}
+                continue
             kind = found[1] if isinstance(found, list) and len(found) == 2 else None
-            if kind not in (wanted, f"{wanted}Fast"):
+            if kind not in (*wanted, *(f"{name}Fast" for name in wanted)):
                 raise BadRequestError(
                     f"model {self.name!r} in {self.folder} ({index.get('_class_name')}) has {kind} as its "
-                    f"{component}; this version takes Stable Diffusion folders, with {wanted}"
+                    f"{component}; this version takes {' or '.join(wanted)} there"
                 )
 
-    def _check_unet(self) -> None:
-        config, latent = self.unet_config, self.vae_config["latent_channels"]
-        if config["in_channels"] != latent:
-            raise BadRequestError(
-                f"the UNet in {self.folder} takes {config['in_channels']} channels, its autoencoder makes {latent}: "
-                "an inpainting or depth model, which has inputs that an image alone does not give"
-            )
-        for key, plain in _PLAIN_UNET.items():
-            if config.get(key, plain) != plain:
-                raise BadRequestError(
-                    f"the UNet in {self.folder} has {key} = {config[key]!r}; this version takes {plain!r} only"
-                )
+    def component_folder(self, component: str) -> Path:
+        """Folder of a part's files: one of its own, or, as diffusers has it too, the pipeline's if that is absent."""
+        own = self.folder / component
+        flat = not own.is_dir() and len(self.weighted) == 1
+        return self.folder if flat else own
 
     def _config(self, component: str) -> dict[str, Any]:
-        config = read_json(self.folder / component / "config.json", f"model {self.name!r}, {component}")
-        missing = [key for key in _NEEDED[component] if config.get(key) is None]
+        path = self.component_folder(component) / "config.json"
+        config = read_json(path, f"model {self.name!r}, {component}")
+        missing = [key for key in self.needed.get(component, ()) if config.get(key) is None]
         if missing:
-            raise BadRequestError(f"{self.folder / component / 'config.json'} does not say {', '.join(missing)}")
+            raise BadRequestError(f"{path} does not say {', '.join(missing)}")
         return config
 
-    def __repr__(self) -> str:
-        return f"ModelSource({self.name!r}, {str(self.folder)!r})"
-
     # sizes
-
-    @property
-    def vae_factor(self) -> int:
-        """Image side / latent side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
-
-    @property
-    def size_multiple_px(self) -> int:
-        """Image sides are multiples of this, so that every level of the UNet halves evenly."""
-        return int(self.vae_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
-
-    @property
-    def default_image_size_px(self) -> int:
-        """Side of the images that the model was trained on."""
-        return int(self.unet_config["sample_size"] * self.vae_factor)
 
     def check_image_size(self, height_px: int, width_px: int) -> None:
         """Refuse image sizes that the model cannot take.
@@ -154,22 +196,30 @@ class ModelSource:
                     hint="nearest: " + " or ".join(f"{size} px" for size in near),
                 )
 
+    def check_prompt_chunks(self, chunks: int) -> None:
+        """Refuse to encode texts in several chunks where that means nothing.
+
+        Raises:
+            BadRequestError: with the reason.
+        """
+        if chunks > 1 and not self.chunked_text:
+            takes = f"encodes texts of up to {self.text_tokens} tokens whole" if self.text_tokens else "takes no text"
+            raise BadRequestError(
+                f"--prompt-chunks {chunks}: model {self.name!r} ({type(self).__name__}) {takes}; chunks are for models "
+                "whose text encoders are all CLIP's"
+            )
+
     # layers
 
-    @functools.cached_property
-    def taps(self) -> Mapping[str, Tap]:
-        """All layers by name."""
-        return taps(self.unet_config, text_tokens=self.text_tokens)
-
-    def layer_names(self, height_px: int, width_px: int) -> dict[str, Shape]:
-        """All layers with the shape (C, H, W) that their maps have for images of this size.
+    def layer_names(self, height_px: int, width_px: int, prompt_chunks: int = 1) -> dict[str, Shape]:
+        """All layers with the shape (C, H, W) that their maps have for images of this size and texts of so many chunks.
 
         Raises:
             BadRequestError: if the model cannot take the size.
         """
         self.check_image_size(height_px, width_px)
-        height, width = height_px // self.vae_factor, width_px // self.vae_factor
-        return {name: tap.shape(height, width) for name, tap in self.taps.items()}
+        height, width = height_px // self.latent_factor, width_px // self.latent_factor
+        return {name: tap.shape(height, width, prompt_chunks) for name, tap in self.taps.items()}
 
     def expand_layers(self, text: str) -> tuple[str, ...]:
         """Layer names of a comma list of presets and names, each once, in the order given.
@@ -188,9 +238,9 @@ class ModelSource:
                 raise self._unknown_layer(item)
         return tuple(names)
 
-    def resolve_layers(self, text: str, height_px: int, width_px: int) -> dict[str, Shape]:
-        """`expand_layers`, with the shapes of the maps for images of this size."""
-        shapes = self.layer_names(height_px, width_px)
+    def resolve_layers(self, text: str, height_px: int, width_px: int, prompt_chunks: int = 1) -> dict[str, Shape]:
+        """`expand_layers`, with the shapes of `layer_names`."""
+        shapes = self.layer_names(height_px, width_px, prompt_chunks)
         return {name: shapes[name] for name in self.expand_layers(text)}
 
     def _unknown_layer(self, name: str) -> BadRequestError:
@@ -199,14 +249,19 @@ class ModelSource:
         hint = f"`featstore models {self.name} --layers` lists all {len(self.taps)}"
         return BadRequestError(message, hint=f"{error.hint} {hint}" if error.hint else hint)
 
-    def tokens(self, text: str) -> list[str]:
+    def tokens(self, text: str, prompt_chunks: int = 1) -> list[str]:
         """The word at each position of an encoded text, i.e. at each channel of a cross-attention map; "" for none.
 
         Imports transformers; loads no weights.
+
+        Raises:
+            NotFoundError: if the tokenizer is not on this machine.
         """
+        if self.absent is not None:
+            raise self.absent
         from featstore.models.tokens import load_tokenizer, words
 
-        return words(load_tokenizer(self.folder), text, self.text_tokens)
+        return words(load_tokenizer(self.folder), text, self.text_tokens, prompt_chunks)
 
     # files
 
@@ -216,54 +271,92 @@ class ModelSource:
 
         Raises:
             NotFoundError: if some are missing.
-            BadRequestError: if they are pickles.
+            BadRequestError: if they are pickles, which are not allowed.
         """
-        return {name: weight_files(self.folder / name, stem) for name, stem in _WEIGHTED.items()}
+        if self.absent is not None:
+            raise self.absent
+        return {
+            name: weight_files(self.component_folder(name), stem, allow_pickle=self.allow_pickle)
+            for name, stem in self.weighted.items()
+            if name not in self.left_out
+        }
+
+    @functools.cached_property
+    def decisive_files(self) -> tuple[Path, ...]:
+        """Every file that decides what the model computes: weights, configurations, tokenizers, schedule.
+
+        Raises:
+            NotFoundError: if one is missing.
+            BadRequestError: if weights are pickles, which are not allowed.
+        """
+        files = [file for weights in self.component_weights.values() for file in weights.files]
+        files += [self.component_folder(name) / "config.json" for name in self.component_weights]
+        files.append(self.component_folder("scheduler") / "scheduler_config.json")
+        for name in (name for name in self.tokenizers if name not in self.left_out):
+            tokenizer = sorted(path for path in (self.folder / name).glob("*") if path.is_file())
+            if not tokenizer:
+                raise NotFoundError(f"model {self.name!r}: no tokenizer in {self.folder / name}")
+            files += tokenizer
+        for file in files:
+            if not file.is_file():
+                raise NotFoundError(f"model {self.name!r}: no {file.name} in {file.parent}")
+        return tuple(files)
 
     @functools.cached_property
     def weights_digest(self) -> str:
-        """SHA-256 over every file that decides what the model computes: weights, configurations, tokenizer, schedule.
+        """SHA-256 over `decisive_files`: their paths in the folder and their content.
 
         Raises:
             NotFoundError: if a file is missing.
-            BadRequestError: if weights are pickles.
+            BadRequestError: if weights are pickles, which are not allowed.
         """
-        files = [file for weights in self.component_weights.values() for file in weights.files]
-        files += [self.folder / name / "config.json" for name in _WEIGHTED]
-        files.append(self.folder / "scheduler" / "scheduler_config.json")
-        tokenizer = sorted(path for path in (self.folder / "tokenizer").glob("*") if path.is_file())
-        if not tokenizer:
-            raise NotFoundError(f"model {self.name!r}: no tokenizer in {self.folder / 'tokenizer'}")
-        return files_sha256(self.folder, [*files, *tokenizer])
+        return files_sha256(self.folder, self.decisive_files)
 
     def controlnet_folder(self, variant: str) -> Path | None:
-        """Folder of the model's own ControlNet of this variant, if it ships one."""
-        return self._controlnets.get(variant)
+        """Folder of the model's own ControlNet of this variant, if it has one; fetched from the Hub if need be.
+
+        Raises:
+            NotFoundError: if it has one that is not on this machine and cannot be fetched.
+        """
+        place = self._controlnets.get(variant)
+        if callable(place):
+            place = self._controlnets[variant] = place()
+        return place
 
     @property
     def controlnet_variants(self) -> tuple[str, ...]:
         """Variants that `controlnet_folder` has."""
         return tuple(self._controlnets)
 
+    def ip_adapter_folder(self) -> Path | None:
+        """Folder of the model's own IP-Adapter, beside the pipeline's, if it is there."""
+        folder = self.folder.parent / "ip-adapter"
+        return folder if folder.is_dir() else None
+
     def lora_folder(self, dataset_name: str, variant: str | None) -> Path | None:
-        """Folder of the model's own LoRA for a data set; variant None is the well-trained one."""
-        return self._loras.get((dataset_name, variant))
+        """Folder of the LoRA for a data set: the one that the model ships, else the one that was trained here.
+
+        Args:
+            dataset_name: name of the data set.
+            variant: e.g. ``overfit``; None: the well-trained one.
+        """
+        shipped = self._loras.get((dataset_name, variant))
+        if self.ships_lora(dataset_name, variant):
+            return shipped
+        return find_trained(self.name, dataset_name, variant, self.weights_root) or shipped
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether `featstore train-lora` trains LoRAs for the model: it does for Stable Diffusion's UNets."""
+        return "lora" in self.techniques and "unet" in self.weighted
+
+    def ships_lora(self, dataset_name: str, variant: str | None) -> bool:
+        """Whether the model comes with a LoRA for a data set, which one trained here never replaces."""
+        shipped = self._loras.get((dataset_name, variant))
+        return shipped is not None and shipped.exists()
 
     def lora_variants(self, dataset_name: str) -> tuple[str, ...]:
         """Named variants that `lora_folder` has for a data set."""
-        return tuple(variant for name, variant in self._loras if name == dataset_name and variant)
-
-    def load(self, device: str = "cpu", compute_dtype: str = "float32") -> Backbone:
-        """Load the weights, frozen, onto a device.
-
-        Args:
-            device: a torch device, e.g. ``cpu`` or ``cuda:0``.
-            compute_dtype: ``float32``, ``float16`` or ``bfloat16``.
-
-        Raises:
-            BadRequestError: for a device or type that is not there.
-            NotFoundError: if weights are missing.
-        """
-        from featstore.models.backbone import load
-
-        return load(self, device=device, compute_dtype=compute_dtype)
+        shipped = [variant for name, variant in self._loras if name == dataset_name and variant]
+        trained = trained_variants(self.name, dataset_name, self.weights_root)
+        return tuple(dict.fromkeys([*shipped, *trained]))

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from featstore import models
 from featstore.errors import BadRequestError, NotFoundError
 from featstore.models import ModelSource
-from featstore.models.backbone import Backbone
+from featstore.models.backbones.stable_diffusion import StableDiffusionBackbone as Backbone
 from featstore.models.digests import file_sha256
+from featstore.models.families import open_folder
 from tests.tiny_models import LORA_ALPHA, LORA_RANK, build_tiny_lora, build_tiny_sd
 
 
@@ -85,12 +86,12 @@ def test_compute_types(source: ModelSource) -> None:
 
 def test_half_precision_files_are_loaded_as_float32(tmp_path: Path) -> None:
     folder = build_tiny_sd(tmp_path / "sd")
-    whole = ModelSource("m", folder).load()
+    whole = open_folder("m", folder).load()
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     halves = {k: v.half() for k, v in load_file(file).items()}
     file.unlink()
     save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"), metadata={"format": "pt"})
-    loaded = ModelSource("m", folder).load()
+    loaded = open_folder("m", folder).load()
     for name, value in loaded.unet.state_dict().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, whole.unet.state_dict()[name], rtol=1e-3, atol=1e-6)
@@ -103,10 +104,10 @@ def test_incomplete_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     del tensors["conv_in.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(NotFoundError, match=r"lack 1 tensors \(conv_in\.weight"):
-        ModelSource("m", folder).load()
+        open_folder("m", folder).load()
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(BadRequestError, match="cannot be loaded"):
-        ModelSource("m", folder).load()
+        open_folder("m", folder).load()
 
 
 def test_a_closed_backbone_lets_go_of_its_modules(weights_root: Path, backbone: Backbone) -> None:
@@ -181,14 +182,17 @@ def test_a_lora_computes_in_the_models_type(
     source: ModelSource, weights_root: Path, tmp_path: Path, model: str, file: str
 ) -> None:
     path = tmp_path / "lora.safetensors"
-    tensors = load_file(lora_file(weights_root))
-    save_file({name: value.to(getattr(torch, file)) for name, value in tensors.items()}, path)
-    backbone = source.load("cpu", model)
-    backbone.lora(path, "3" * 64)
-    for module in (backbone.unet, backbone.text_encoder):
-        added = [p for n, p in module.named_parameters() if "lora_" in n]
-        assert added
-        assert {p.dtype for p in added} == {getattr(torch, model)}
+    tensors = {k: v.to(getattr(torch, file)) for k, v in load_file(lora_file(weights_root)).items()}
+    # Without the metadata of the file alpha is the rank.
+    save_file(tensors, path)
+    backbone, name = source.load("cpu", model), "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    weight = backbone.unet.get_parameter(f"{name}.weight")
+    before = weight.clone()
+    with backbone.adapted([(backbone.lora(path, "3" * 64), 0.5)]):
+        up, down = (tensors[f"unet.{name}.lora_{factor}.weight"].float() for factor in "BA")
+        torch.testing.assert_close(weight.data, (before.float() + 0.5 * up @ down).to(getattr(torch, model)))
+        assert {p.dtype for p in (*backbone.unet.parameters(), *backbone.text_encoder.parameters())} == {before.dtype}
+    assert torch.equal(weight, before)
 
 
 def test_a_lora_without_a_text_encoder_part(backbone: Backbone, source: ModelSource, tmp_path: Path) -> None:

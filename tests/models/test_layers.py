@@ -48,6 +48,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 16,
         "norm_num_groups": 4,
     },
+    "a depth for each transformer": {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "transformer_layers_per_block": ((1, 2), (3, 1)),
+        "reverse_transformer_layers_per_block": ((4, 1, 2), (2, 1, 3)),
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+        "norm_num_groups": 4,
+    },
 }
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from featstore import models
 from featstore.errors import BadRequestError, NotFoundError
-from featstore.models import MODELS, ModelSource, digests
+from featstore.models import MODELS, digests
 from featstore.models.digests import file_sha256
+from featstore.models.families import open_folder
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_an_unknown_layer_gives_the_nearest(weights_root: Path, text: str, near:
 
 
 def test_the_digest_covers_every_file_that_decides_bytes(pipeline: Path) -> None:
-    digest = ModelSource("m", pipeline).weights_digest
+    digest = open_folder("m", pipeline).weights_digest
     assert len(digest) == 64
     decisive = [
         "unet/config.json",
@@ -169,17 +170,17 @@ def test_the_digest_covers_every_file_that_decides_bytes(pipeline: Path) -> None
     for name in decisive:
         before = (pipeline / name).read_bytes()
         (pipeline / name).write_bytes(before + b" ")
-        seen.add(ModelSource("m", pipeline).weights_digest)
+        seen.add(open_folder("m", pipeline).weights_digest)
         (pipeline / name).write_bytes(before)
     assert len(seen) == 1 + len(decisive)
     (pipeline / "README.md").write_text("a note")
     (pipeline / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not what is loaded")
     moved = shutil.copytree(pipeline, pipeline.parent / "elsewhere")
-    assert ModelSource("n", moved).weights_digest == digest
+    assert open_folder("n", moved).weights_digest == digest
 
 
 def test_the_digest_can_be_told_by_hand(pipeline: Path) -> None:
-    source = ModelSource("m", pipeline)
+    source = open_folder("m", pipeline)
     names = [p for p in pipeline.rglob("*") if p.is_file() and p.name != "model_index.json"]
     listed = sorted([p.relative_to(pipeline).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()] for p in names)
     text = json.dumps(listed, separators=(",", ":"))
@@ -190,29 +191,29 @@ def test_pickles_and_missing_weights_are_refused(pipeline: Path) -> None:
     weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(BadRequestError, match=r"pickle \(diffusion_pytorch_model\.bin\)"):
-        _ = ModelSource("m", pipeline).weights_digest
+        _ = open_folder("m", pipeline).weights_digest
     weights.with_suffix(".bin").unlink()
     with pytest.raises(NotFoundError, match="no weights in"):
-        _ = ModelSource("m", pipeline).weights_digest
+        _ = open_folder("m", pipeline).weights_digest
 
 
 def test_sharded_and_half_precision_weights_are_found(pipeline: Path) -> None:
     plain = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     half = plain.with_name("diffusion_pytorch_model.fp16.safetensors")
     plain.rename(half)
-    found = ModelSource("m", pipeline).component_weights["unet"]
+    found = open_folder("m", pipeline).component_weights["unet"]
     assert (found.files, found.variant) == ((half,), "fp16")
     half.unlink()
     index = plain.with_name("diffusion_pytorch_model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": {"a": "s-1.safetensors", "b": "s-2.safetensors"}}))
     (index.parent / "s-1.safetensors").write_bytes(b"1")
     with pytest.raises(NotFoundError, match=r"s-2\.safetensors is missing"):
-        _ = ModelSource("m", pipeline).component_weights
+        _ = open_folder("m", pipeline).component_weights
     (index.parent / "s-2.safetensors").write_bytes(b"2")
-    assert len(ModelSource("m", pipeline).component_weights["unet"].files) == 3
+    assert len(open_folder("m", pipeline).component_weights["unet"].files) == 3
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(BadRequestError, match="file beside it"):
-        _ = ModelSource("m", pipeline).component_weights
+        _ = open_folder("m", pipeline).component_weights
 
 
 def test_large_digests_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

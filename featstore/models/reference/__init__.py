@@ -10,6 +10,7 @@ from pathlib import Path
 
 from featstore.errors import NotFoundError
 from featstore.models.entries import ModelEntry
+from featstore.models.families import open_folder
 from featstore.models.source import ModelSource
 
 _HOW_TO_GET = "comes with featstore; `python -m featstore.pipelines.train_reference` trains it anew"
@@ -21,7 +22,7 @@ def _open(weights: Path) -> ModelSource:
             f"the weights of model 'reference' are not in {weights}",
             hint="reinstall featstore, or train them: `python -m featstore.pipelines.train_reference`",
         )
-    return ModelSource(
+    return open_folder(
         "reference",
         weights / "pipeline",
         controlnets={"canny": weights / "controlnet-canny"},

@@ -1,0 +1,1 @@
+"""Loaded models, one module a family: stock modules on one device behind one interface."""

@@ -1,0 +1,79 @@
+"""Unconditional DDPMs, loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DModel
+
+from featstore.models.backbones.base import Backbone, Text
+from featstore.models.backbones.loading import (
+    alphas_cumprod,
+    errors_about,
+    freeze,
+    prediction_type,
+    pretrained,
+    torch_device,
+    torch_dtype,
+)
+from featstore.models.backbones.schedules import ddim_step, ddpm_noised
+
+if TYPE_CHECKING:
+    from featstore.models.families.ddpm import DDPM
+
+
+class DDPMBackbone(Backbone):
+    """UNet and noise schedule. A UNet that also predicts its variance gives six channels; the first three are noise.
+
+    Args:
+        source: the folder.
+        device: a torch device.
+        compute_dtype: element type of the passes.
+
+    Raises:
+        BadRequestError: for a device or type that is not there, or a damaged folder.
+        NotFoundError: if weights are missing.
+    """
+
+    source: DDPM
+
+    def __init__(self, source: DDPM, *, device: str, compute_dtype: str) -> None:
+        dtype, where = torch_dtype(compute_dtype), torch_device(device)
+        weights = source.component_weights["unet"]
+        with errors_about(f"model {source.name!r} in {source.folder}"):
+            self.alphas_cumprod = alphas_cumprod(source)
+            """float32 (1000,) on the CPU: the share of the signal that is left at each timestep."""
+            self.prediction_type = prediction_type(source)
+            unet = pretrained(UNet2DModel, source.component_folder("unet"), weights, dtype)
+        super().__init__(source, denoiser=freeze(unet, where), device=where, dtype=dtype)
+
+    @property
+    def timesteps(self) -> int:
+        """Number of timesteps of the schedule."""
+        return len(self.alphas_cumprod)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The pixels themselves, in [-1, 1]; see `Backbone.encode_images`."""
+        return pixels.to(self.device, self.dtype)
+
+    def encode_text(self, text: str, chunks: int = 1) -> Text:
+        """Nothing: the model takes no text."""
+        return {}
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """See `Backbone.noised`."""
+        return ddpm_noised(clean, noise, timestep, self.alphas_cumprod)
+
+    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
+        """See `Backbone.stepped`."""
+        return ddim_step(noised, prediction, timestep, earlier, self.alphas_cumprod, self.prediction_type)
+
+    def inputs(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, text: Text, height_px: int, width_px: int
+    ) -> dict[str, Any]:
+        """See `Backbone.inputs`."""
+        return {"sample": noised, "timestep": timesteps}
+
+    def _drop(self) -> None:
+        """There is nothing but the denoiser."""
