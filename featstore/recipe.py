@@ -16,8 +16,11 @@ from typing import Any, Self
 
 from featstore.errors import BadRequestError, IncompatibleError
 
-MEANING = 1
-"""Version of what the extraction code computes; raised whenever the same request gives other bytes."""
+MEANING = 2
+"""Version of what the extraction code computes; raised whenever the same request gives other bytes.
+
+2: LoRAs are folded into the weights that they touch, no longer added to what those give.
+"""
 
 TRAIN_TIMESTEPS = 1000
 PRECISIONS = ("float16", "float32")
@@ -52,7 +55,7 @@ def slug(expression: str) -> str:
     for part in expression.split("+"):
         name, colon, variant = part.partition(":")
         if "/" in variant:
-            variant = re.sub(r"\.(safetensors|ckpt|pt|bin)$", "", variant.rstrip("/").rsplit("/", 1)[-1])
+            variant = re.sub(r"\.(safetensors|ckpt|pt|bin)(?=@|$)", "", variant.rstrip("/").rsplit("/", 1)[-1])
         parts.append(name + colon + variant)
     return re.sub(r"[^a-z0-9.-]", "_", "+".join(parts).lower())[:_SLUG_MAX_CHARS]
 

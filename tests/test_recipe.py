@@ -42,7 +42,7 @@ def test_the_fingerprint_is_the_sha256_of_the_sorted_json():
         {"width_px": 128},
         {"compute_dtype": "float16"},
         {"precision": "float32"},
-        {"meaning": 2},
+        {"meaning": 3},
     ],
 )
 def test_everything_in_a_recipe_changes_its_fingerprint(change):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,8 @@ class DatasetInfo:
     """Text of the unsteered pass, e.g. "a horse"."""
     prompt: str | None = None
     """The one fixed detailed text of the technique ``prompt``; None: the data set has none."""
+    quality_words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Words that its model was trained with, in place of those of `prompt:low` and `prompt:high`, by variant."""
     model: str = "reference"
     """Name of the model that the data set is extracted with unless another is asked for."""
     image_size_px: int | None = None

@@ -24,6 +24,10 @@ INFO = DatasetInfo(
     classes=CLASSES,
     plain_prompt="a horse",
     prompt="a horse, high quality, best quality, highly realistic, masterpiece",
+    quality_words={
+        "low": "low quality, blurry, noisy",
+        "high": "high quality, best quality, highly realistic, masterpiece",
+    },
     model="reference",
     image_size_px=IMAGE_SIZE_PX,
     label_size_px=IMAGE_SIZE_PX,

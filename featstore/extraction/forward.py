@@ -5,26 +5,27 @@ Shapes: n rows asked for, B the batch size of every forward, C channels, H W map
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from featstore.errors import BadRequestError, unknown_name
-from featstore.extraction.controlnet import condition, residuals
+from featstore.extraction.conditioning import Conditioner, ImageConditions
+from featstore.extraction.controlnet import residuals
+from featstore.extraction.host import FloatArray, HostMaps, torch_precision
 from featstore.extraction.images import UInt8Array, to_pixels
-from featstore.extraction.noise import add_noise, noise
-from featstore.extraction.taps import TapSession, select
-from featstore.extraction.text import encode_prompt
+from featstore.extraction.noise import noise
+from featstore.extraction.passes import Item, Pass, denoising, items, sharing
+from featstore.extraction.taps import Maps, TapSession, select
+from featstore.models.layers import Read
 
 if TYPE_CHECKING:
-    from featstore.models.backbone import Backbone
+    from featstore.models.backbones.base import Backbone, Text
     from featstore.techniques.base import Steering
-
-FloatArray = npt.NDArray[np.floating]
-_PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Extractor:
@@ -38,7 +39,7 @@ class Extractor:
 
     Args:
         backbone: the loaded model.
-        steerings: what `run` can be asked for, by index. Their ControlNets and LoRAs are loaded here.
+        steerings: what passes can ask for, by index. Their ControlNets and LoRAs are loaded here.
         layers: names of the layers that each pass gives.
         batch_size: rows of every forward.
         height_px: height of the model's input.
@@ -63,8 +64,7 @@ class Extractor:
     ) -> None:
         if batch_size < 1:
             raise BadRequestError(f"batch size {batch_size} is below 1")
-        if precision not in _PRECISIONS:
-            raise BadRequestError(f"precision {precision!r} is not one of {', '.join(_PRECISIONS)}")
+        torch_precision(precision)
         if not layers:
             raise BadRequestError("no layers are asked for")
         backbone.source.check_image_size(height_px, width_px)
@@ -72,25 +72,23 @@ class Extractor:
             if layer not in backbone.source.taps:
                 raise unknown_name("layer", layer, backbone.source.taps)
         self.backbone = backbone
-        self.steerings = tuple(steerings)
         self.layers = tuple(dict.fromkeys(layers))
         self.batch_size = batch_size
         self.height_px = height_px
         self.width_px = width_px
         self.precision = precision
         self._taps = select(backbone.source.taps, self.layers)
-        self._adapters = [
-            tuple((backbone.lora(ref.path, ref.digest), ref.scale) for ref in steering.loras)
-            for steering in self.steerings
-        ]
-        for item in self.steerings:
-            for ref in item.controlnets:
-                backbone.controlnet(ref.folder, ref.digest)
-        self._embeddings: dict[tuple[object, str], torch.Tensor] = {}
-        self._encode_fixed_prompts()
+        self._conditioner = Conditioner(backbone, steerings)
+        on_gpu = backbone.device.type == "cuda"
+        self._copies = torch.cuda.Stream(backbone.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    @property
+    def steerings(self) -> tuple[Steering, ...]:
+        """What passes can ask for."""
+        return self._conditioner.steerings
 
     def encode(self, images: UInt8Array) -> torch.Tensor:
-        """Latents of images: the mean of the VAE's posterior, scaled as the UNet takes it.
+        """What is noised, for images: see `Backbone.encode_images`.
 
         Args:
             images: uint8 (n, height_px, width_px, 3), RGB, as `prepare` gives them.
@@ -99,15 +97,17 @@ class Extractor:
             (n, C, h, w), on the backbone's device, in its compute dtype.
         """
         self._check_images(images)
-        vae = self.backbone.vae
-        parts = []
         with torch.inference_mode():
-            for rows, _ in self._batches(len(images)):
-                pixels = to_pixels(images[rows]).to(self.backbone.device, vae.dtype)
-                mean = vae.encode(pixels).latent_dist.mean
-                scaled = (mean - self.backbone.latent_shift) * self.backbone.latent_scale
-                parts.append(scaled.to(self.backbone.dtype))
-            return self._joined(parts, len(images))
+            parts = []
+            for start in range(0, len(images), self.batch_size):
+                # Padded with the last row, as every forward is.
+                rows = np.minimum(np.arange(start, start + self.batch_size), len(images) - 1)
+                parts.append(self.backbone.encode_images(to_pixels(images[rows])))
+            if not parts:
+                source, dtype = self.backbone.source, self.backbone.dtype
+                height, width = self._latent_size
+                return torch.empty((0, source.latent_channels, height, width), dtype=dtype, device=self.backbone.device)
+            return torch.cat(parts)[: len(images)]
 
     def run(
         self,
@@ -118,116 +118,144 @@ class Extractor:
         timestep: int,
         seed: int,
         captions: Sequence[str] | None = None,
+        *,
+        denoise_from: int | None = None,
+        noise_ensemble: int = 1,
     ) -> tuple[dict[str, FloatArray], dict[int, str]]:
-        """Noise the latents and read the layers of one forward pass, row by row the same whatever stands beside.
-
-        Args:
-            steering: index into ``steerings``.
-            latents: (n, C, h, w) from `encode`.
-            images: the uint8 (n, height_px, width_px, 3) that they come from; ControlNets see them.
-            digests: SHA-256 of each image, which its noise comes from.
-            timestep: 0..999, what the UNet is fed.
-            seed: seed of the run.
-            captions: one text a row, for a steering without a fixed prompt; otherwise not used.
+        """One pass over all images; see `run_all` for what its arguments are.
 
         Returns:
             The maps of each layer, (n, C, H, W) in the precision asked for, and the rows whose maps are not fit to
             be stored, with the reason (NaN or infinity, overflow of float16). Other rows are not touched by those.
+        """
+        one = Pass(
+            steering=steering,
+            rows=np.arange(len(images)),
+            timestep=timestep,
+            seed=seed,
+            captions=captions,
+            denoise_from=denoise_from,
+            noise_ensemble=noise_ensemble,
+        )
+        ((_, maps),) = self.run_all(latents, images, digests, [one])
+        return maps.wait()
+
+    def run_all(
+        self, latents: torch.Tensor, images: UInt8Array, digests: Sequence[str], passes: Sequence[Pass]
+    ) -> Iterator[tuple[int, HostMaps]]:
+        """Noise the latents and read the layers; rows come out the same whatever stands beside them.
+
+        Passes in which the same modules act share batches. The device works on the next pass while the maps of the
+        last are copied; `HostMaps.wait` waits for those of one.
+
+        Args:
+            latents: (n, C, h, w) from `encode`.
+            images: the uint8 (n, height_px, width_px, 3) that they come from; ControlNets see them.
+            digests: SHA-256 of each image, which its noise comes from.
+            passes: what is asked for.
+
+        Yields:
+            The index of each pass and its maps, as soon as its last batch is under way.
 
         Raises:
-            BadRequestError: if lengths differ, the timestep is out of range or captions are missing.
+            BadRequestError: if lengths differ, a timestep is out of range or captions are missing.
         """
-        self._check_run(steering, latents, images, digests, timestep, captions)
-        backbone, device = self.backbone, self.backbone.device
-        step = torch.tensor(timestep, device=device)
-        read: dict[str, FloatArray] = {}
-        bad: dict[int, str] = {}
-        adapters = self._adapters[steering]
-        with (
-            torch.inference_mode(),
-            backbone.adapted(adapters),
-            TapSession(backbone.unet, self._taps) as session,
-        ):
-            for rows, count in self._batches(len(images)):
-                clean = latents[torch.from_numpy(rows).to(latents.device)].to(device)
-                drawn = torch.stack([noise(seed, digests[row], timestep, tuple(clean.shape[1:])) for row in rows])
-                noised = add_noise(clean, drawn, timestep, backbone.alphas_cumprod)
-                text = self._text(steering, rows, captions)
-                extra = residuals(self._conditions(steering, images[rows]), noised, step, text)
-                maps = session.run(noised, step, encoder_hidden_states=text, **extra)
-                for layer, value in maps.items():
-                    stored, reasons = self._stored(value[:count])
-                    whole = read.setdefault(layer, np.empty((len(images), *stored.shape[1:]), stored.dtype))
-                    whole[rows[:count]] = stored
-                    for row, reason in reasons.items():
-                        bad.setdefault(int(rows[row]), f"{reason} in {layer}")
-        return read, bad
+        self._check_run(latents, images, digests, passes)
+        seen = ImageConditions(images)
+        for indices in sharing(passes, self.steerings):
+            rows = items(passes, indices)
+            ends = {index: len(items(passes, indices[: place + 1])) for place, index in enumerate(indices)}
+            results = {index: HostMaps(len(passes[index].rows), self.precision, self._copies) for index in indices}
+            means = _Means()
+            # Its hooks do nothing between its passes, so that they may stay while the caller has the maps.
+            with TapSession(self.backbone.denoiser, self._taps) as session:
+                for start in range(0, len(rows), self.batch_size):
+                    batch = rows[start : start + self.batch_size]
+                    padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+                    maps = self._forward(session, passes, padded, latents, digests, seen)
+                    for index, position, values in means.add(passes, batch, maps):
+                        for layer, value in values.items():
+                            results[index].put(layer, position, value)
+                    for index in indices:
+                        if start < ends[index] <= start + len(batch):
+                            yield index, results.pop(index)
 
-    # what run is made of
+    # what run_all is made of
 
-    def _batches(self, n: int) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
-        """Row indices of each batch, padded with its last row, and how many of them are real."""
-        for start in range(0, n, self.batch_size):
-            count = min(self.batch_size, n - start)
-            rows = np.minimum(np.arange(start, start + self.batch_size), start + count - 1)
-            yield rows, count
+    def _forward(
+        self,
+        session: TapSession,
+        passes: Sequence[Pass],
+        batch: Sequence[Item],
+        latents: torch.Tensor,
+        digests: Sequence[str],
+        images: ImageConditions,
+    ) -> Maps:
+        """The maps (B, C, H, W) of one batch, whose rows share what acts on them."""
+        backbone, conditioner = self.backbone, self._conditioner
+        first = passes[batch[0].index]
+        steering = self.steerings[first.steering]
+        with torch.inference_mode(), conditioner.acting(first.steering):
+            sides = [_Side(conditioner.text(passes, batch), conditioner.looks(passes, batch, images))]
+            if steering.guidance is not None:
+                unseen = conditioner.looks(passes, batch, images, guided=False)
+                sides.append(_Side(conditioner.unguided(passes, batch), unseen))
+            controls = conditioner.controls(passes, batch, images)
+            x = self._noised(passes, batch, latents, digests)
+            times = [passes[item.index].timestep for item in batch]
+            if first.denoise_from is not None:
+                path = denoising(first.denoise_from, first.timestep)
+                for now, then in itertools.pairwise(path):
+                    outputs = [self._predict(x, [now] * len(batch), side, controls) for side in sides]
+                    x = backbone.stepped(x, _guided(outputs, steering.guidance), now, then)
+            maps = [session.run(self._latent_size, **self._inputs(x, times, side, controls)) for side in sides]
+        if len(maps) == 1:
+            return maps[0]
+        return {
+            # Probabilities are those under the prompt: an extrapolated one is none.
+            tap.layer: maps[0][tap.layer]
+            if tap.read is Read.ATTENTION
+            else _guided([one[tap.layer] for one in maps], steering.guidance)
+            for tap in self._taps
+        }
 
-    def _joined(self, parts: list[torch.Tensor], n: int) -> torch.Tensor:
-        if not parts:
-            config = self.backbone.source.vae_config
-            side = self.backbone.source.vae_factor
-            shape = (0, config["latent_channels"], self.height_px // side, self.width_px // side)
-            return torch.empty(shape, dtype=self.backbone.dtype, device=self.backbone.device)
-        return torch.cat(parts)[:n]
-
-    def _stored(self, maps: torch.Tensor) -> tuple[FloatArray, dict[int, str]]:
-        """Maps converted for storing, and what is wrong with which row."""
-        stored = maps.to(_PRECISIONS[self.precision])
-        fit = torch.isfinite(stored).flatten(1).all(dim=1).tolist()
-        reasons = {}
-        for row in (row for row, good in enumerate(fit) if not good):
-            if torch.isfinite(maps[row]).all():
-                reasons[row] = f"overflow of {self.precision} (magnitude {maps[row].abs().max().item():.3g})"
-            else:
-                reasons[row] = "NaN or infinity"
-        array: FloatArray = stored.cpu().numpy()
-        return array, reasons
-
-    def _conditions(self, steering: int, images: UInt8Array) -> list[tuple[object, torch.Tensor, float]]:
-        backbone = self.backbone
-        return [
-            (
-                backbone.controlnet(ref.folder, ref.digest),
-                condition(images, ref.detector).to(backbone.device, backbone.dtype),
-                ref.scale,
-            )
-            for ref in self.steerings[steering].controlnets
+    def _noised(
+        self, passes: Sequence[Pass], batch: Sequence[Item], latents: torch.Tensor, digests: Sequence[str]
+    ) -> torch.Tensor:
+        """The rows of a batch, noised: (B, C, h, w)."""
+        backbone, shape = self.backbone, tuple(latents.shape[1:])
+        levels, drawn = [], []
+        for item in batch:
+            one = passes[item.index]
+            levels.append(one.timestep if one.denoise_from is None else one.denoise_from)
+            drawn.append(noise(one.seed, digests[item.row], levels[-1], shape, item.draw))
+        clean, noises = latents[[item.row for item in batch]], torch.stack(drawn)
+        # Row by row the same: nothing is summed over rows.
+        noised = [
+            backbone.noised(clean[start:stop], noises[start:stop], level) for level, start, stop in _spans(levels)
         ]
+        return noised[0] if len(noised) == 1 else torch.cat(noised)
 
-    def _text(self, steering: int, rows: npt.NDArray[np.intp], captions: Sequence[str] | None) -> torch.Tensor:
-        """Embeddings of a batch, (B, tokens, width); adapters of the steering are enabled."""
-        prompt = self.steerings[steering].prompt
-        if prompt is not None:
-            return self._embedding(steering, prompt).expand(len(rows), -1, -1)
-        if captions is None:
-            raise BadRequestError("this steering takes a caption an image, and none are given")
-        return torch.cat([self._embedding(steering, captions[row]) for row in rows])
+    def _inputs(
+        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
+    ) -> dict[str, Any]:
+        timesteps = torch.tensor(times, device=x.device)
+        inputs = self.backbone.inputs(x, timesteps, side.text, self.height_px, self.width_px)
+        added = residuals(controls, inputs)
+        if side.looks:
+            inputs["added_cond_kwargs"] = inputs.get("added_cond_kwargs", {}) | side.looks
+        return inputs | added
 
-    def _embedding(self, steering: int, text: str) -> torch.Tensor:
-        """The embedding of a text under the steering's LoRAs, encoded once."""
-        key = (self._adapters[steering], text)
-        if key not in self._embeddings:
-            self._embeddings[key] = encode_prompt(self.backbone, text)
-        return self._embeddings[key]
+    def _predict(
+        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
+    ) -> torch.Tensor:
+        output = self.backbone.denoiser(return_dict=False, **self._inputs(x, times, side, controls))
+        return self.backbone.prediction(output)
 
-    def _encode_fixed_prompts(self) -> None:
-        for index, steering in enumerate(self.steerings):
-            if steering.prompt is not None:
-                with self.backbone.adapted(self._adapters[index]):
-                    self._embedding(index, steering.prompt)
-        if all(steering.prompt is not None for steering in self.steerings):
-            # Its memory on the device is better used for maps; `encode_prompt` brings it back if it is needed.
-            self.backbone.text_encoder.to("cpu")
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        factor = self.backbone.source.latent_factor
+        return self.height_px // factor, self.width_px // factor
 
     def _check_images(self, images: UInt8Array) -> None:
         wanted = (self.height_px, self.width_px, 3)
@@ -237,22 +265,66 @@ class Extractor:
             )
 
     def _check_run(
-        self,
-        steering: int,
-        latents: torch.Tensor,
-        images: UInt8Array,
-        digests: Sequence[str],
-        timestep: int,
-        captions: Sequence[str] | None,
+        self, latents: torch.Tensor, images: UInt8Array, digests: Sequence[str], passes: Sequence[Pass]
     ) -> None:
         self._check_images(images)
-        steps = len(self.backbone.alphas_cumprod)
-        if not 0 <= timestep < steps:
-            raise BadRequestError(f"timestep {timestep} is outside 0..{steps - 1}")
         lengths = {"latents": len(latents), "images": len(images), "digests": len(digests)}
-        if self.steerings[steering].prompt is None:
-            if captions is None:
-                raise BadRequestError("this steering takes a caption an image, and none are given")
-            lengths["captions"] = len(captions)
         if len(set(lengths.values())) != 1 or not len(images):
             raise BadRequestError(f"rows do not match or are none: {lengths}")
+        for one in passes:
+            one.check(self.backbone.timesteps)
+            if self.steerings[one.steering].prompt is None and one.captions is None:
+                raise BadRequestError("this steering takes a caption an image, and none are given")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Side:
+    """What the rows of a batch are steered by: under the prompt, or, for guidance, without it."""
+
+    text: Text
+    looks: dict[str, list[torch.Tensor]]
+    """``image_embeds`` of IP-Adapters."""
+
+
+def _spans(values: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of equal neighbours: (value, start, stop)."""
+    start = 0
+    for value, run in itertools.groupby(values):
+        stop = start + len(list(run))
+        yield value, start, stop
+        start = stop
+
+
+class _Means:
+    """Maps averaged over draws of the noise, in float32, in the order of the draws whatever the batches."""
+
+    def __init__(self) -> None:
+        self._sums: Maps = {}
+
+    def add(self, passes: Sequence[Pass], batch: Sequence[Item], maps: Maps) -> Iterator[tuple[int, int, Maps]]:
+        """Take the maps of a batch; yield those that are whole: pass, first position, (b, C, H, W) a layer."""
+        start = 0
+        while start < len(batch):
+            index = batch[start].index
+            draws = passes[index].noise_ensemble
+            if draws == 1:
+                stop = start
+                while stop < len(batch) and batch[stop].index == index:
+                    stop += 1
+                yield index, batch[start].position, {layer: value[start:stop] for layer, value in maps.items()}
+                start = stop
+                continue
+            for layer, value in maps.items():
+                row = value[start : start + 1].float()
+                self._sums[layer] = row if batch[start].draw == 0 else self._sums[layer] + row
+            if batch[start].draw == draws - 1:
+                yield index, batch[start].position, {layer: total / draws for layer, total in self._sums.items()}
+            start += 1
+
+
+def _guided(values: Sequence[torch.Tensor], scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance: ``unguided + scale (guided - unguided)`` (Ho and Salimans, 2022), or the one value."""
+    if scale is None:
+        return values[0]
+    guided, unguided = values
+    return unguided + scale * (guided - unguided)

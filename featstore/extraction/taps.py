@@ -1,4 +1,4 @@
-"""Reading layers out of a stock UNet by forward hooks, which are always removed again.
+"""Reading layers out of a stock network by forward hooks, which are always removed again.
 
 Shapes: B images in the batch, C channels, H W map height and width.
 """
@@ -11,30 +11,31 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from featstore.extraction.attention import as_maps, mean_probabilities
-from featstore.models.layers import Read, Tap
+from featstore.extraction.attention import as_maps
+from featstore.extraction.probe import AttentionProbe
+from featstore.models.layers import Keys, Read, Tap
 
 Maps = dict[str, torch.Tensor]
 """Maps by layer name, each (B, C, H, W)."""
 
 
 class _AllReadError(Exception):
-    """Raised out of the last hook that is needed: the rest of the UNet has nothing to add."""
+    """Raised out of the last hook that is needed: the rest of the network has nothing to add."""
 
 
 class TapSession:
-    """Hooks on a UNet for some layers, in place between ``__enter__`` and ``__exit__``.
+    """Hooks on a network for some layers, in place between ``__enter__`` and ``__exit__``.
 
     Modules are looked up when the session is entered, so layers that a LoRA has wrapped meanwhile are read with
-    it. Nothing of the UNet is patched, and a session that ends by an exception removes its hooks too.
+    it. Nothing of the network is patched, and a session that ends by an exception removes its hooks too.
 
     Args:
-        unet: a stock ``UNet2DConditionModel``.
+        network: a stock UNet or transformer.
         taps: the layers to read.
     """
 
-    def __init__(self, unet: nn.Module, taps: Sequence[Tap]) -> None:
-        self._unet = unet
+    def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
+        self._network = network
         self._taps = tuple(taps)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._maps: Maps = {}
@@ -56,7 +57,7 @@ class TapSession:
                 else:
                     self._hook(tap)
             for name, aggregates in attention.items():
-                self._hook_attention(self._unet.get_submodule(name), aggregates)
+                self._hook_attention(self._network.get_submodule(name), aggregates)
         except BaseException:
             self._remove()
             raise
@@ -65,24 +66,23 @@ class TapSession:
     def __exit__(self, *_: object) -> None:
         self._remove()
 
-    def run(self, latents: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> Maps:
+    def run(self, latent_size: tuple[int, int], **inputs: Any) -> Maps:
         """One forward pass, as far as the last layer that is read.
 
         Args:
-            latents: (B, C, h, w), noised.
-            timestep: scalar integer tensor.
-            **conditioning: further arguments of the UNet's ``forward``.
+            latent_size: (h, w) of what is denoised.
+            **inputs: all arguments of the network's ``forward``.
 
         Returns:
             The maps of all layers of the session, in the order asked for.
         """
         self._maps, self._pending = {}, self._events
-        self._latent_size = (latents.shape[-2], latents.shape[-1])
+        self._latent_size = latent_size
         for aggregate in self._aggregates:
             aggregate.reset()
         self._active = True
         try:
-            self._unet(latents, timestep, return_dict=False, **conditioning)
+            self._network(return_dict=False, **inputs)
         except _AllReadError:
             pass
         finally:
@@ -119,7 +119,7 @@ class TapSession:
         return hook
 
     def _hook(self, tap: Tap) -> None:
-        module = self._unet.get_submodule(tap.modules[0])
+        module = self._network.get_submodule(tap.modules[0])
         if tap.read is Read.INPUT:
 
             def read_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -129,10 +129,10 @@ class TapSession:
             return
         scale = 1.0
         if tap.read is Read.BRANCH:
-            scale = float(self._unet.get_submodule(tap.modules[0].rpartition(".")[0]).output_scale_factor)  # type: ignore[arg-type]
+            scale = float(self._network.get_submodule(tap.modules[0].rpartition(".")[0]).output_scale_factor)  # type: ignore[arg-type]
 
         def read_output(_: nn.Module, __: object, output: Any) -> None:
-            value: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            value: torch.Tensor = output[tap.output] if isinstance(output, tuple) else output
             if tap.read is Read.TOKENS:
                 value = value.transpose(1, 2).reshape(value.shape[0], -1, *self._size(tap))
             self._maps[tap.layer] = value / scale if scale != 1.0 else value
@@ -140,21 +140,31 @@ class TapSession:
         self._handles.append(module.register_forward_hook(self._event(read_output)))
 
     def _hook_attention(self, attention: Any, aggregates: Sequence[_Aggregate]) -> None:
-        queries: list[torch.Tensor] = []
+        probe = AttentionProbe(attention)
 
-        def read_query(_: nn.Module, __: object, output: torch.Tensor) -> None:
-            queries[:] = [output]
+        def begin(_: nn.Module, __: object, arguments: Mapping[str, Any]) -> None:
+            probe.begin(arguments.get("attention_mask"))
 
-        def read_key(_: nn.Module, __: object, output: torch.Tensor) -> None:
-            probabilities = mean_probabilities(queries.pop(), output, attention.heads)
-            for aggregate in aggregates:
-                maps = as_maps(probabilities, *self._size(aggregate.tap))
-                mean = aggregate.add(maps)
-                if mean is not None:
-                    self._maps[aggregate.tap.layer] = mean
+        self._handles.append(attention.register_forward_pre_hook(self._event(begin), with_kwargs=True))
+        for name, module in probe.sources.items():
 
-        self._handles.append(attention.to_q.register_forward_hook(self._event(read_query)))
-        self._handles.append(attention.to_k.register_forward_hook(self._event(read_key)))
+            def take(_: nn.Module, __: object, output: torch.Tensor, name: str = name) -> None:
+                if probe.take(name, output):
+                    self._put(probe, aggregates)
+
+            self._handles.append(module.register_forward_hook(self._event(take)))
+
+    def _put(self, probe: AttentionProbe, aggregates: Sequence[_Aggregate]) -> None:
+        wanted = {aggregate.tap.keys for aggregate in aggregates}
+        keys = wanted.pop() if len(wanted) == 1 else Keys.ALL
+        probabilities = probe.probabilities(keys)
+        for aggregate in aggregates:
+            tap = aggregate.tap
+            part = probabilities if tap.keys is keys else probabilities[..., probe.span(tap.keys)]
+            mean = aggregate.add(as_maps(part, *self._size(tap)))
+            if mean is not None:
+                self._maps[tap.layer] = mean
+        probe.end()
 
 
 class _Aggregate:

@@ -8,6 +8,7 @@ from featstore.techniques.base import Draft, Part, Request
 TITLE = "no steering: the data set's plain prompt alone"
 VARIANTS = ""
 REPEATABLE = False
+SCALED = False
 
 
 def check(part: Part) -> None:

@@ -22,11 +22,20 @@ def forward(
     text: torch.Tensor,
     down_residuals: list[torch.Tensor] | None = None,
     mid_residual: torch.Tensor | None = None,
+    pooled: torch.Tensor | None = None,
+    sizes: list[int] | None = None,
 ) -> Maps:
-    """All layers of the UNet at noised latents (B, 4, h, w), with text (B, tokens, width)."""
+    """All layers of the UNet at noised latents (B, 4, h, w), with text (B, tokens, width).
+
+    SDXL's are also told the pooled text (B, P) and the six sizes of the image.
+    """
     maps: Maps = {"unet-in": latents}
     probabilities: dict[str, list[torch.Tensor]] = {}
     time = time_embedding(unet, timestep, len(latents))
+    if pooled is not None and sizes is not None:
+        waves = torch.cat([wave(size, unet.config.addition_time_embed_dim) for size in sizes])
+        added = torch.cat([pooled, waves.expand(len(latents), -1)], 1)
+        time = time + unet.add_embedding.linear_2(functional.silu(unet.add_embedding.linear_1(added)))
     x = maps["unet-after-conv-in"] = unet.conv_in(latents)
     skips = [x]
     for i, block in enumerate(unet.down_blocks):
@@ -69,10 +78,15 @@ def factor(latents: torch.Tensor, x: torch.Tensor) -> int:
 
 
 def time_embedding(unet: Any, timestep: int, count: int) -> torch.Tensor:
-    half = unet.config.block_out_channels[0] // 2
-    angles = timestep * torch.exp(-math.log(10000) * torch.arange(half) / half)
-    wave = torch.cat([angles.cos(), angles.sin()])[None].repeat(count, 1)
-    return unet.time_embedding.linear_2(functional.silu(unet.time_embedding.linear_1(wave)))
+    waves = wave(timestep, unet.config.block_out_channels[0])[None].repeat(count, 1)
+    return unet.time_embedding.linear_2(functional.silu(unet.time_embedding.linear_1(waves)))
+
+
+def wave(number: int, width: int) -> torch.Tensor:
+    """Cosines, then sines, of a number at ``width / 2`` frequencies from 1 down to almost 1 / 10000."""
+    half = width // 2
+    angles = number * torch.exp(-math.log(10000) * torch.arange(half) / half)
+    return torch.cat([angles.cos(), angles.sin()])
 
 
 def residual(block: Any, x: torch.Tensor, time: torch.Tensor, maps: Maps, name: str) -> torch.Tensor:
@@ -93,7 +107,11 @@ def transformer(
         rows = [tokens[:, y * width : (y + 1) * width].permute(0, 2, 1) for y in range(height)]
         return torch.stack(rows, 2)
 
-    h = module.proj_in(module.norm(x)).flatten(2).permute(0, 2, 1)
+    def project(layer: Any, image: torch.Tensor) -> torch.Tensor:
+        """A 1 x 1 convolution, which newer models write as a linear map of each position."""
+        return torch.einsum("oc,bchw->bohw", layer.weight.flatten(1), image) + layer.bias[:, None, None]
+
+    h = project(module.proj_in, module.norm(x)).flatten(2).permute(0, 2, 1)
     for k, block in enumerate(module.transformer_blocks):
         prefix = f"{name}-block{k}"
         for kind, norm, attention in (("self", block.norm1, block.attn1), ("cross", block.norm2, block.attn2)):
@@ -112,7 +130,7 @@ def transformer(
         maps[f"{prefix}-ffn-inner"] = to_map(inner)
         h = h + block.ff.net[2](inner)
         maps[f"{prefix}-out"] = to_map(h)
-    maps[f"{name}-out"] = x + module.proj_out(to_map(h))
+    maps[f"{name}-out"] = x + project(module.proj_out, to_map(h))
     return maps[f"{name}-out"]
 
 

@@ -15,9 +15,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from featstore import models
 from featstore.errors import BadRequestError
 from featstore.extraction.forward import Extractor
-from featstore.extraction.text import encode_prompt
 from featstore.models import ModelSource
-from featstore.models.backbone import Backbone
+from featstore.models.backbones.stable_diffusion import StableDiffusionBackbone as Backbone
 from featstore.techniques import Steering, parse, resolve
 from tests.tiny_models import TextDataset
 
@@ -232,15 +231,15 @@ def test_embeddings_are_those_of_diffusers_pipeline(source: ModelSource, backbon
     )
     for text in ("a horse, high quality", "", "horse " * 100):
         expected, _ = pipeline.encode_prompt(text, "cpu", 1, do_classifier_free_guidance=False)
-        torch.testing.assert_close(encode_prompt(backbone, text), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(backbone.encode_text(text)["encoder_hidden_states"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prompt_that_is_cut_off_is_warned_of(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        encode_prompt(backbone, "horse " * 75)
+        backbone.encode_text("horse " * 75)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        encode_prompt(backbone, "horse " * 75 + "tail")
+        backbone.encode_text("horse " * 75 + "tail")
     assert "prompt cut after 75 tokens" in caplog.text
     assert "tail" in caplog.text
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from featstore.errors import BadRequestError
-from featstore.extraction.noise import add_noise, noise
+from featstore.extraction.noise import noise
+from featstore.models.backbones.schedules import ddpm_noised
 
 DIGEST = hashlib.sha256(b"an image").hexdigest()
 SHAPE = (4, 16, 16)
@@ -61,8 +62,8 @@ def test_what_is_no_digest_is_refused(digest: str) -> None:
 def test_adding_noise_is_that_of_diffusers(timestep: int) -> None:
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     latents, drawn = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
-    ours = add_noise(latents, drawn, timestep, scheduler.alphas_cumprod)
+    ours = ddpm_noised(latents, drawn, timestep, scheduler.alphas_cumprod)
     theirs = scheduler.add_noise(latents, drawn, torch.full((3,), timestep))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    half = add_noise(latents.half(), drawn, timestep, scheduler.alphas_cumprod)
+    half = ddpm_noised(latents.half(), drawn, timestep, scheduler.alphas_cumprod)
     assert half.dtype == torch.float16

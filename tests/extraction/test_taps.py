@@ -25,7 +25,8 @@ def unet(source: ModelSource) -> UNet2DConditionModel:
 def inputs(count: int = 2) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {
-        "latents": torch.randn(count, 4, 16, 16, generator=generator),
+        "latent_size": (16, 16),
+        "sample": torch.randn(count, 4, 16, 16, generator=generator),
         "timestep": torch.tensor(50),
         "encoder_hidden_states": torch.randn(count, 77, 16, generator=generator),
     }
@@ -60,16 +61,16 @@ def test_the_forward_stops_after_the_last_layer_that_is_read(unet: UNet2DConditi
 def test_reading_all_changes_nothing_and_leaves_no_hook(unet: UNet2DConditionModel, source: ModelSource) -> None:
     given = inputs()
     with torch.inference_mode():
-        plain = unet(given["latents"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
+        plain = unet(given["sample"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
         with TapSession(unet, tuple(source.taps.values())) as session:
             assert hooks(unet) > 200
             maps = session.run(**given)
         assert hooks(unet) == 0
-        after = unet(given["latents"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
+        after = unet(given["sample"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
     assert torch.equal(maps["unet-out"], plain)
     assert torch.equal(after, plain)
     assert list(maps) == list(source.taps)
-    assert torch.equal(maps["unet-in"], given["latents"])
+    assert torch.equal(maps["unet-in"], given["sample"])
 
 
 def test_maps_do_not_depend_on_which_others_are_read(unet: UNet2DConditionModel, source: ModelSource) -> None:
@@ -86,7 +87,7 @@ def test_hooks_are_gone_after_any_error(unet: UNet2DConditionModel, source: Mode
     taps = select(source.taps, source.presets["legacy"])
     given = inputs()
     with pytest.raises(RuntimeError, match=r"shape|match|size"), TapSession(unet, taps) as session:
-        session.run(given["latents"][:, :3], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"])
+        session.run(**given | {"sample": given["sample"][:, :3]})
     assert hooks(unet) == 0
     del unet.up_blocks[3].attentions[2]
     with pytest.raises(AttributeError), TapSession(unet, taps):
@@ -117,7 +118,7 @@ def test_a_pass_that_broke_off_leaves_nothing_in_the_next(unet: UNet2DConditionM
 def test_a_forward_by_others_inside_a_session_is_left_alone(unet: UNet2DConditionModel, source: ModelSource) -> None:
     given = inputs()
     with torch.inference_mode(), TapSession(unet, select(source.taps, ("unet-after-conv-in",))) as session:
-        whole = unet(given["latents"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
+        whole = unet(given["sample"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"]).sample
         assert whole.shape == (2, 4, 16, 16)
         assert session.run(**given)["unet-after-conv-in"].shape == (2, 8, 16, 16)
 

@@ -33,8 +33,8 @@ def test_several_loras_with_different_files_are_one_pass() -> None:
         ("prompt,+lora", "a technique is missing", 8),
         ("prompt,lora+", "a technique is missing", 13),
         (":canny", "a technique is missing", 1),
-        ("basic,promt", "unknown technique 'promt'; known: basic, controlnet, lora, prompt", 7),
-        ("controlnet+ip-adapter", "unknown technique 'ip-adapter'", 12),
+        ("basic,promt", "unknown technique 'promt'; known: basic, cfg, controlnet, ip-adapter, lora, prompt", 7),
+        ("controlnet+t2i-adapter", "unknown technique 't2i-adapter'", 12),
         ("prompt,lora:", "nothing after the colon", 8),
         ("basic+lora", "'basic' is the absence of steering", 7),
         ("lora+prompt+basic", "'basic' is the absence of steering", 13),
@@ -85,5 +85,5 @@ def test_anything_typed_is_parsed_or_refused(text: str) -> None:
 
 
 def test_every_technique_says_what_it_does() -> None:
-    assert list(TECHNIQUES) == ["basic", "prompt", "controlnet", "lora"]
+    assert list(TECHNIQUES) == ["basic", "prompt", "controlnet", "lora", "ip-adapter", "cfg"]
     assert all(kind.TITLE for kind in TECHNIQUES.values())

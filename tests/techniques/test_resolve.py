@@ -13,8 +13,9 @@ from featstore import models
 from featstore.datasets import DatasetInfo
 from featstore.errors import BadRequestError, FeatstoreError, NotFoundError
 from featstore.models import ModelSource
+from featstore.models.families import open_folder
 from featstore.recipe import canonical_json
-from featstore.techniques import Steering, parse, resolve
+from featstore.techniques import Steering, SteeringOptions, parse, resolve
 from tests.tiny_models import TextDataset
 
 
@@ -25,7 +26,7 @@ def source(weights_root: Path) -> ModelSource:
 
 def steer(text: str, source: ModelSource, *, dataset: TextDataset | None = None, **options: Any) -> Steering:
     (technique,) = parse(text)
-    return resolve(technique, dataset=dataset or TextDataset(), model=source, **options)
+    return resolve(technique, dataset=dataset or TextDataset(), model=source, options=SteeringOptions(**options))
 
 
 def sha256(path: Path) -> str:
@@ -139,7 +140,7 @@ def test_defaults_that_a_model_or_data_set_lacks(source: ModelSource) -> None:
     with pytest.raises(NotFoundError, match="no LoRA for data set 'photos'") as caught:
         steer("lora", source, dataset=Photos())
     assert "lora:PATH.safetensors" in str(caught.value.hint)
-    other = ModelSource("other", source.folder)
+    other = open_folder("other", source.folder)
     with pytest.raises(NotFoundError, match="'other' has no canny ControlNet") as caught:
         steer("controlnet", other)
     assert "controlnet:PATH" in str(caught.value.hint)
