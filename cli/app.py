@@ -9,16 +9,31 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from featstore.cli import bench, catalog, console, demo, extract, heads, pictures, store
+from featstore.cli import (
+    bench,
+    caption,
+    catalog,
+    console,
+    convert_ddpm,
+    demo,
+    extract,
+    heads,
+    pictures,
+    store,
+    train_lora,
+)
 
 COMMANDS = (
     demo.demo,
     catalog.datasets,
     catalog.models,
+    convert_ddpm.convert_ddpm,
+    caption.caption,
     extract.extract,
     store.info,
     store.verify,
     heads.train_head,
+    train_lora.train_lora,
     pictures.show,
     bench.bench,
 )

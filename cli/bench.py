@@ -27,6 +27,9 @@ def bench(
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps of the head at most, for quick looks.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Rows of every forward pass.")
+    ] = None,
     device: DeviceOption = None,
     store: Annotated[
         str,
@@ -43,7 +46,13 @@ def bench(
     **Example**: `featstore bench extract --repeats 5`
     """
     config = BenchConfig(
-        images=images, repeats=repeats, max_steps=max_steps, device=device, beside=Path(store), seed=seed
+        images=images,
+        repeats=repeats,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        device=device,
+        beside=Path(store),
+        seed=seed,
     )
     results = measure(tuple(part.strip() for part in subjects.split(",")), config, console.Bar())
     if as_json:

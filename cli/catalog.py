@@ -15,8 +15,11 @@ from featstore.cli.options import (
     AnyStoreOption,
     DataRootOption,
     DebugOption,
+    ImageSizeOption,
     JsonOption,
+    parse_image_size,
 )
+from featstore.errors import BadRequestError, NotFoundError
 
 _LISTED_LAYERS = 12
 
@@ -61,58 +64,96 @@ def datasets(
 @console.handled
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A known model or a diffusers folder.", show_default=False)
+        str | None,
+        typer.Argument(metavar="NAME", help="A known model, a diffusers folder or a Hub id.", show_default=False),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List the layers with their shapes.")] = False,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")
-    ] = None,
+    image_size: ImageSizeOption = None,
     store: AnyStoreOption = DEFAULT_STORE,
     seed: AnySeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Known models, where weights are looked for, layers with shapes and presets.
+    """Known models, where weights are looked for, layers with shapes and presets. No weights are needed or fetched.
 
-    **Example**: `featstore models reference --layers`
+    **Example**: `featstore models sd15 --layers`
     """
     if name is None:
-        content = {
-            key: {"title": entry.title, "family": entry.family, "where": str(entry.where()), "present": entry.present()}
-            for key, entry in featstore.models.MODELS.items()
+        _list_models(as_json)
+    else:
+        _show_model(name, image_size, layers=layers, as_json=as_json)
+
+
+def _list_models(as_json: bool) -> None:
+    content = {
+        key: {
+            "title": entry.title,
+            "family": entry.family,
+            "where": str(entry.where()),
+            "there": entry.there(),
+            "present": entry.present(),
+            "hub": dict(entry.hub),
+            "how_to_get": entry.how(),
         }
-        if as_json:
-            console.print_json({"models": content})
-            return
-        rows = [
-            (key, "yes" if value["present"] else "no", value["title"], value["where"]) for key, value in content.items()
-        ]
-        console.print_table("models", ("name", "there", "what", "where"), rows)
-        console.say("any local Stable Diffusion folder in diffusers' layout: --model PATH", to=console.out)
+        for key, entry in featstore.models.MODELS.items()
+    }
+    if as_json:
+        console.print_json({"models": content})
         return
-    source = featstore.models.resolve(name)
-    size = source.default_image_size_px if image_size is None else image_size
-    source.check_image_size(size, size)
-    shapes = source.layer_names(size, size)
+    rows = [
+        (key, value["there"] or "no", str(value["family"]).partition(" (")[0], value["title"], value["where"])
+        for key, value in content.items()
+    ]
+    console.print_table("models", ("name", "there", "family", "what", "where"), rows)
+    console.say(
+        "also any model of these families: --model PATH (a folder in diffusers' layout) or OWNER/NAME@REVISION (of the "
+        "Hugging Face Hub)",
+        to=console.out,
+    )
+
+
+def _show_model(name: str, image_size: str | None, *, layers: bool, as_json: bool) -> None:
+    source = featstore.models.describe(name)
+    entry = featstore.models.MODELS.get(name) if name in featstore.models.MODELS else None
+    asked = parse_image_size(image_size)
+    size = source.default_image_size_px if asked is None else asked
+    height, width = size if isinstance(size, tuple) else (size, size)
+    source.check_image_size(height, width)
+    shapes = source.layer_names(height, width)
+    problem = how_to_get = digest = None
+    try:
+        digest = source.weights_digest
+    except (BadRequestError, NotFoundError) as error:
+        problem, how_to_get = str(error), error.hint
     detail = {
         "model": source.name,
-        "where": str(source.folder),
-        "image_size_px": size,
-        "weights_digest": source.weights_digest,
+        "title": entry.title if entry else None,
+        "family": entry.family if entry else None,
+        "where": str(source.folder if source.absent is None or entry is None else entry.where()),
+        "hub": dict(entry.hub) if entry else {},
+        "weights_digest": digest,
+        "problem": problem,
+        "how_to_get": entry.how() if entry else how_to_get,
+        "image_size_px": [height, width],
         "presets": {key: list(value) for key, value in source.presets.items()},
         "layers": {key: list(shape) for key, shape in shapes.items()},
     }
     if as_json:
         console.print_json(detail)
         return
-    place = f": {source.folder}, {size} px, digest {source.weights_digest[:16]}"
-    console.say((source.name, "bold"), place, to=console.out)
+    title = f", {entry.title}" if entry else ""
+    console.say((source.name, "bold"), f"{title}: {height} x {width} px", to=console.out)
+    console.say(f"weights: {problem or f'{source.folder}, digest {str(digest)[:16]}'}", to=console.out)
+    if problem and (how_to_get or entry):
+        console.say(f"how to get them: {detail['how_to_get']}", to=console.out)
+    for part, hub in (entry.hub if entry else {}).items():
+        console.say(f"{part}: {hub} on the Hugging Face Hub", to=console.out)
     for key, names in source.presets.items():
         listed = f"{len(names)} layers" if len(names) > _LISTED_LAYERS else ", ".join(names)
         console.say(f"preset {key}: {listed}", to=console.out)
     if layers:
         console.print_table(
-            f"layers at {size} px",
+            f"layers at {height} x {width} px",
             ("name", "channels", "height", "width"),
             [(key, *shape) for key, shape in shapes.items()],
         )

@@ -150,7 +150,8 @@ def handled(command: Callable[P, R]) -> Callable[P, R]:
         except FeatstoreError as error:
             leave(error, str(error), error.hint, error.exit_code)
         except KeyboardInterrupt as error:
-            leave(error, "interrupted", "what was committed stays; the same command goes on from there", INTERRUPTED)
+            hint = str(error) or "what was committed stays; the same command goes on from there"
+            leave(error, "interrupted", hint, INTERRUPTED)
         except _LEAVES:
             raise
         except BrokenPipeError:
@@ -198,6 +199,13 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, steps)
 
+    def describe(self, title: str) -> None:
+        """Change what stands before the bar."""
+        if self._lines is not None:
+            self._lines.title = title
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=title)
+
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         say(text)
@@ -216,7 +224,7 @@ class _Lines:
     """Progress for logs and pipes: a line now and then, and one at the end."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
-        self._title, self._total, self._unit = title, total, unit
+        self.title, self._total, self._unit = title, total, unit
         self._done = 0
         self._begin = self._said = time.monotonic()
 
@@ -233,7 +241,7 @@ class _Lines:
 
     def _say(self, now: float, rest: str) -> None:
         passed = now - self._begin
-        say(f"{self._title}: {self._done} of {self._total} {self._unit} in {human_seconds(passed)}{rest}")
+        say(f"{self.title}: {self._done} of {self._total} {self._unit} in {human_seconds(passed)}{rest}")
 
 
 class _Rate(ProgressColumn):

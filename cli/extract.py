@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from featstore.cli.options import (
     DatasetOption,
     DebugOption,
     DeviceOption,
+    ImageSizeOption,
     JsonOption,
     LayersOption,
     ModelOption,
@@ -22,10 +24,12 @@ from featstore.cli.options import (
     StoreOption,
     TechniquesOption,
     TimestepsOption,
+    parse_image_size,
     parse_timesteps,
 )
 from featstore.pipelines.extract import ExtractReport, execute
 from featstore.pipelines.plan import ExtractConfig, Plan, make_plan
+from featstore.techniques import SteeringOptions
 
 _SHOWN_FAILURES = 20
 
@@ -37,20 +41,50 @@ def extract(
     model: ModelOption = None,
     timesteps: TimestepsOption = "50",
     layers: LayersOption = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", metavar="PX", help="Side of the model's input.")
-    ] = None,
+    image_size: ImageSizeOption = None,
     split: Annotated[str | None, typer.Option("--split", metavar="S", help="Only this split's images.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Only the first N images.")] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Replaces the data set's fixed detailed text.")
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option("--captions", metavar="FILE", help="File of texts an image, for `prompt:caption`."),
+    ] = None,
+    prompt_chunks: Annotated[
+        int,
+        typer.Option(
+            "--prompt-chunks",
+            metavar="N",
+            help="Encode texts in N chunks of 75 tokens each; cross-attention maps have N times the channels.",
+        ),
+    ] = 1,
+    controlnet_scale: Annotated[
+        float, typer.Option("--controlnet-scale", metavar="X", help="Factor on what ControlNets add.")
+    ] = 1.0,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", metavar="X", help="Factor on what LoRAs add.")] = 1.0,
+    ip_adapter_scale: Annotated[
+        float, typer.Option("--ip-adapter-scale", metavar="X", help="Factor on what IP-Adapters add.")
+    ] = 1.0,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", metavar="X", help="Scale of classifier-free guidance, for `cfg`.")
+    ] = 7.5,
+    denoise_from: Annotated[
+        int | None,
+        typer.Option("--denoise-from", metavar="T", help="Noise to this timestep, denoise from there to --timesteps."),
+    ] = None,
+    noise_ensemble: Annotated[
+        int, typer.Option("--noise-ensemble", metavar="N", help="Average the features over N draws of the noise.")
+    ] = 1,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights from pickles too, which can run code.")
+    ] = False,
     precision: Annotated[
         str, typer.Option("--precision", metavar="TYPE", help="float16 or float32, on disk.")
     ] = "float16",
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", help="Rows of every forward pass of new runs; default 16."),
+        typer.Option("--batch-size", metavar="N", help="Rows of every forward pass of new runs; default: what fits."),
     ] = None,
     device: DeviceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
@@ -79,13 +113,24 @@ def extract(
         model=model,
         timesteps=parse_timesteps(timesteps),
         layers=layers,
-        image_size_px=image_size,
+        image_size_px=parse_image_size(image_size),
         split=split,
         limit=limit,
         precision=precision,
         batch_size=batch_size,
         device=device,
-        prompt=prompt,
+        steering=SteeringOptions(
+            prompt=prompt,
+            captions=captions,
+            prompt_chunks=prompt_chunks,
+            controlnet_scale=controlnet_scale,
+            lora_scale=lora_scale,
+            ip_adapter_scale=ip_adapter_scale,
+            guidance_scale=guidance_scale,
+            allow_pickle=allow_pickle,
+        ),
+        denoise_from=denoise_from,
+        noise_ensemble=noise_ensemble,
         seed=seed,
         data_root=data_root,
         dataset_name=dataset_name,

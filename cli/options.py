@@ -41,7 +41,12 @@ TechniquesOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="M", help="A known model (see `featstore models`) or a diffusers folder."),
+    typer.Option(
+        "--model",
+        metavar="M",
+        help="A known model (see `featstore models`), a diffusers folder, or OWNER/NAME@REVISION of the Hugging Face "
+        "Hub (the revision may be left out).",
+    ),
 ]
 TimestepsOption = Annotated[
     str, typer.Option("--timesteps", metavar="T,..", help="What the UNet is fed, 0..999, comma separated.")
@@ -61,6 +66,11 @@ DeviceOption = Annotated[
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1..; default: a GPU where there is one."),
 ]
 
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option("--image-size", metavar="PX", help="Side of the model's input, or HEIGHTxWIDTH, e.g. 512x768."),
+]
+
 DEFAULT_STORE = "features.zarr"
 
 
@@ -76,3 +86,22 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
         raise BadRequestError(
             f"timesteps {text!r} are not integers separated by commas", hint="as in --timesteps 50,200"
         ) from None
+
+
+def parse_image_size(text: str | None) -> int | tuple[int, int] | None:
+    """``512`` as a side, ``512x768`` as (height, width).
+
+    Raises:
+        BadRequestError: if it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise BadRequestError(
+            f"image size {text!r} is neither a side nor HEIGHTxWIDTH", hint="as in --image-size 512 or 512x768"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

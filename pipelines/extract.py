@@ -12,39 +12,29 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import featstore.store
-from featstore.datasets import Dataset, UnreadableImageError
-from featstore.pipelines.plan import DEFAULT_BATCH_SIZE, ExtractConfig, Plan, PlannedRun, make_plan, sample_table
+from featstore.datasets import Dataset
+from featstore.pipelines.batch import cpu_batch_size, probed_batch_size
+from featstore.pipelines.flight import Flight, InFlight
+from featstore.pipelines.images import BlockImages, ImageReader
+from featstore.pipelines.outcome import RunOutcome
+from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan, sample_table
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.rates import Rates
 from featstore.pipelines.writing import BlockWriter
-from featstore.store import Run, Store
+from featstore.store import Run, StoredDataset
 
 if TYPE_CHECKING:
     from featstore.extraction.forward import Extractor
-    from featstore.models.backbone import Backbone
+    from featstore.models.backbones.base import Backbone
 
 _MAX_THREADS = 1024
 _PACKAGES = ("featstore", "torch", "diffusers", "transformers", "peft", "controlnet-aux", "pillow", "numpy")
-
-
-@dataclasses.dataclass(slots=True)
-class RunOutcome:
-    """What became of one run of the plan."""
-
-    planned: PlannedRun
-    run: Run
-    rows: np.ndarray
-    """Row in the store's table of each wanted image."""
-    computed: int = 0
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Keys of images that could not be extracted, each with the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +44,8 @@ class ExtractReport:
     plan: Plan
     outcomes: tuple[RunOutcome, ...]
     seconds: float
+    peak_device_bytes: int | None = None
+    """Largest memory taken on a GPU; None: none was used."""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -82,6 +74,7 @@ class ExtractReport:
             }
             for outcome in self.outcomes
         ]
+        device = {} if self.peak_device_bytes is None else {"peak_device_bytes": self.peak_device_bytes}
         return {
             "dataset": self.plan.dataset_name,
             "model": self.plan.source.name,
@@ -89,6 +82,7 @@ class ExtractReport:
             "seconds": self.seconds,
             "images_per_second": self.passes / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
+            **device,
         }
 
 
@@ -103,6 +97,9 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
     An image that cannot be read, or whose features are not finite, is skipped in the runs that it
     spoils and named in the report; it is tried again by the next call.
 
+    Host memory is bounded whatever the data set's size: two blocks of decoded images, the maps of two runs'
+    shares of a block on their way, and `BlockWriter`'s queue.
+
     Args:
         plan: what to do.
         progress: told of every block.
@@ -114,12 +111,21 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
     """
     start = time.perf_counter()
     store = featstore.store.create(plan.config.store)
-    outcomes = _open_runs(plan, store)
-    if plan.passes_todo:
-        with contextlib.nullcontext(backbone) if backbone is not None else _loaded(plan) as model:
+    stored = store.put_samples(plan.dataset_name, sample_table(plan.dataset), source=plan.dataset.info.source)
+    with contextlib.ExitStack() as stack:
+        model = backbone
+        if plan.passes_todo and model is None:
+            model = stack.enter_context(plan.source.load(plan.device, plan.runs[0].recipe.compute_dtype))
+        outcomes = _open_runs(plan, stored, model)
+        if plan.passes_todo and model is not None:
             _compute(plan, outcomes, model, progress)
     store.finish()
-    return ExtractReport(plan=plan, outcomes=tuple(outcomes), seconds=time.perf_counter() - start)
+    return ExtractReport(
+        plan=plan,
+        outcomes=tuple(outcomes),
+        seconds=time.perf_counter() - start,
+        peak_device_bytes=_peak_device_bytes(plan),
+    )
 
 
 def peak_rss_bytes() -> int:
@@ -128,9 +134,16 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _open_runs(plan: Plan, store: Store) -> list[RunOutcome]:
-    table = sample_table(plan.dataset)
-    stored = store.put_samples(plan.dataset_name, table, source=plan.dataset.info.source)
+def _peak_device_bytes(plan: Plan) -> int | None:
+    """Largest memory that this process took on the plan's GPU; None on a CPU, and where nothing was computed."""
+    if plan.device == "cpu" or not plan.passes_todo:
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated(plan.device)
+
+
+def _open_runs(plan: Plan, stored: StoredDataset, model: Backbone | None) -> list[RunOutcome]:
     provenance = {
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -140,21 +153,49 @@ def _open_runs(plan: Plan, store: Store) -> list[RunOutcome]:
         "user": _user(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    batch_size = plan.config.batch_size or DEFAULT_BATCH_SIZE
     rows = np.array([stored.row_of[plan.dataset.samples[index].key] for index in plan.wanted], dtype=int)
+    new = _new_batch_size(plan, model) if any(planned.run is None for planned in plan.runs) else 0
     return [
         RunOutcome(
             planned,
             stored.create_run(
                 planned.recipe,
                 planned.layers,
-                batch_size=planned.run.batch_size if planned.run is not None else batch_size,
+                batch_size=planned.run.batch_size if planned.run is not None else new,
                 provenance=provenance,
             ),
             rows,
         )
         for planned in plan.runs
     ]
+
+
+def _new_batch_size(plan: Plan, model: Backbone | None) -> int:
+    """Rows of every forward pass of the plan's new runs."""
+    if plan.config.batch_size is not None:
+        return plan.config.batch_size
+    recipe = plan.runs[0].recipe
+    if model is None or plan.device == "cpu":
+        return cpu_batch_size(plan.source, recipe.height_px, recipe.width_px)
+
+    def run(rows: int) -> None:
+        size = (recipe.height_px, recipe.width_px)
+        extractor = _extractor(model, [planned for planned in plan.runs if planned.run is None], rows)
+        images = np.zeros((rows, *size, 3), np.uint8)
+        latents = extractor.encode(images)
+        for index, planned in enumerate(one for one in plan.runs if one.run is None):
+            extractor.run(
+                index,
+                latents,
+                images,
+                ["0" * 64] * rows,
+                planned.recipe.timestep,
+                planned.recipe.seed,
+                [""] * rows,
+                denoise_from=planned.recipe.denoise_from,
+            )
+
+    return probed_batch_size(run, model.device)
 
 
 def _cpu_threads(plan: Plan) -> int | None:
@@ -179,15 +220,25 @@ def _user() -> str:
         return "unknown"
 
 
-def _loaded(plan: Plan) -> Backbone:
-    return plan.source.load(plan.device, plan.runs[0].recipe.compute_dtype)
+def _extractor(model: Backbone, runs: Sequence[PlannedRun], batch_size: int) -> Extractor:
+    """An extractor for runs of one size and precision."""
+    from featstore.extraction.forward import Extractor
+
+    size = runs[0].recipe
+    return Extractor(
+        model,
+        [planned.steering for planned in runs],
+        list(runs[0].layers),
+        batch_size=batch_size,
+        height_px=size.height_px,
+        width_px=size.width_px,
+        precision=size.precision,
+    )
 
 
-def _compute(plan: Plan, outcomes: Sequence[RunOutcome], backbone: Backbone, progress: Progress) -> None:
+def _compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progress: Progress) -> None:
     # Only now: planning and a finished extraction do without torch and diffusers.
     import torch
-
-    from featstore.extraction.forward import Extractor
 
     # A forward's bytes depend on its batch shape and, on a CPU, on the number of threads; a block is
     # what is committed at once. Only runs that agree on all three can be walked through together.
@@ -199,130 +250,64 @@ def _compute(plan: Plan, outcomes: Sequence[RunOutcome], backbone: Backbone, pro
     rates = Rates.load()
     progress.start("extracting", plan.passes_todo, "passes")
     try:
-        with ThreadPoolExecutor(2, thread_name_prefix="featstore-read") as readers, BlockWriter() as writer:
+        with ImageReader(plan) as reader, BlockWriter() as writer:
             for (_, batch_size, threads), group in groups.items():
                 if threads is not None:
                     torch.set_num_threads(threads)
-                size = group[0].planned.recipe
-                extractor = Extractor(
-                    backbone,
-                    [outcome.planned.steering for outcome in group],
-                    list(group[0].planned.layers),
-                    batch_size=batch_size,
-                    height_px=size.height_px,
-                    width_px=size.width_px,
-                    precision=size.precision,
-                )
-                for block, images in _images(plan, group, readers):
-                    _block(plan, extractor, group, block, images, writer, rates, progress)
+                extractor = _extractor(model, [outcome.planned for outcome in group], batch_size)
+                flight = Flight(plan, writer, rates, progress)
+                for images in reader.blocks(group):
+                    _block(plan, extractor, group, images, flight)
+                flight.land()
     finally:
         progress.stop()
         rates.save()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Images:
-    """The images of one block that at least one run needs."""
-
-    wanted: np.ndarray
-    """Positions in ``plan.wanted`` (n,), in the order of their rows."""
-    pixels: np.ndarray
-    """uint8 (n, height, width, 3), RGB."""
-    failed: Mapping[int, str]
-    """Positions that could not be read, with the reason."""
-
-
-def _images(plan: Plan, group: Sequence[RunOutcome], readers: ThreadPoolExecutor) -> Iterator[tuple[int, _Images]]:
-    """Blocks with something to do, their images read one block ahead."""
-    rows = group[0].rows
-    todo = np.logical_or.reduce([outcome.planned.todo for outcome in group])
-    order = np.argsort(rows, kind="stable")
-    order = order[todo[order]]
-    blocks = rows[order] // group[0].run.block_length
-    waiting = [(int(block), order[blocks == block]) for block in np.unique(blocks)]
-    recipe = group[0].planned.recipe
-    ahead = None
-    for index, (block, positions) in enumerate(waiting):
-        current = ahead or readers.submit(_read, plan, positions, recipe.height_px, recipe.width_px)
-        ahead = None
-        if index + 1 < len(waiting):
-            ahead = readers.submit(_read, plan, waiting[index + 1][1], recipe.height_px, recipe.width_px)
-        yield block, current.result()
-
-
-def _read(plan: Plan, positions: np.ndarray, height_px: int, width_px: int) -> _Images:
-    from featstore.extraction.images import prepare
-
-    pixels, good, failed = [], [], {}
-    for position in positions.tolist():
-        key = plan.dataset.samples[plan.wanted[position]].key
-        try:
-            pixels.append(prepare(plan.dataset.image(key), height_px, width_px))
-            good.append(position)
-        except UnreadableImageError as error:
-            failed[position] = str(error)
-    stacked = np.stack(pixels) if pixels else np.zeros((0, height_px, width_px, 3), np.uint8)
-    return _Images(np.array(good, dtype=int), stacked, failed)
 
 
 def _block(
     plan: Plan,
     extractor: Extractor,
     group: Sequence[RunOutcome],
-    block: int,
-    images: _Images,
-    writer: BlockWriter,
-    rates: Rates,
-    progress: Progress,
+    images: BlockImages,
+    flight: Flight,
 ) -> None:
     """All passes of one block."""
+    from featstore.extraction.passes import Pass
+
+    for outcome in group:
+        for position, reason in images.failed.items():
+            if outcome.planned.todo[position]:
+                flight.unreadable(outcome, plan.dataset.samples[plan.wanted[position]].key, reason)
     samples = [plan.dataset.samples[plan.wanted[position]] for position in images.wanted]
-    latents = extractor.encode(images.pixels) if len(images.wanted) else None
+    passes, runs = [], []
     for index, outcome in enumerate(group):
         planned = outcome.planned
-        for position, reason in images.failed.items():
-            if planned.todo[position]:
-                outcome.failed[plan.dataset.samples[plan.wanted[position]].key] = reason
-                progress.advance()
         chosen = np.flatnonzero(planned.todo[images.wanted])
-        if latents is None or not len(chosen):
-            continue
-        begin = time.perf_counter()
-        maps, bad = extractor.run(
-            index,
-            latents[chosen],
-            images.pixels[chosen],
-            [samples[i].digest for i in chosen],
-            timestep=planned.recipe.timestep,
-            seed=planned.recipe.seed,
-            captions=_captions(plan.dataset, planned, [samples[i].key for i in chosen]),
-        )
-        rates.record(Rates.key(planned.recipe, plan.device), len(chosen), time.perf_counter() - begin)
-        for row, reason in bad.items():
-            outcome.failed[samples[chosen[row]].key] = reason
-        _submit(plan, outcome, block, images.wanted[chosen], maps, bad, writer)
-        outcome.computed += len(chosen) - len(bad)
-        progress.advance(len(chosen))
+        if len(chosen):
+            runs.append((outcome, chosen))
+            passes.append(
+                Pass(
+                    steering=index,
+                    rows=chosen,
+                    timestep=planned.recipe.timestep,
+                    seed=planned.recipe.seed,
+                    captions=_captions(plan.dataset, planned, [samples[i].key for i in chosen]),
+                    denoise_from=planned.recipe.denoise_from,
+                    noise_ensemble=planned.recipe.noise_ensemble,
+                )
+            )
+    if not passes:
+        return
+    latents = extractor.encode(images.pixels)
+    digests = [sample.digest for sample in samples]
+    for index, maps in extractor.run_all(latents, images.pixels, digests, passes):
+        outcome, chosen = runs[index]
+        keys = [samples[i].key for i in chosen]
+        flight.take(InFlight(outcome, images.block, images.wanted[chosen], keys, maps))
 
 
 def _captions(dataset: Dataset, planned: PlannedRun, keys: Sequence[str]) -> list[str] | None:
-    kind = planned.steering.caption_kind
+    kind, captions = planned.steering.caption_kind, planned.steering.captions
+    if captions is not None:
+        return [captions.texts[key] for key in keys]
     return None if kind is None else [dataset.caption(key, kind) for key in keys]
-
-
-def _submit(
-    plan: Plan,
-    outcome: RunOutcome,
-    block: int,
-    positions: np.ndarray,
-    maps: Mapping[str, np.ndarray],
-    bad: Collection[int],
-    writer: BlockWriter,
-) -> None:
-    """Hand the layers that lack rows to the writer; rows that a layer has already are left as they are by the store."""
-    good = np.array([row for row in range(len(positions)) if row not in bad], dtype=int)
-    rows = outcome.rows[positions[good]].tolist()
-    lacking = [name for name, missing in outcome.planned.missing.items() if missing[positions[good]].any()]
-    if lacking:
-        whole = len(good) == len(positions)
-        writer.submit(outcome.run, block, rows, {name: maps[name] if whole else maps[name][good] for name in lacking})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,7 @@ from featstore.pipelines.device import compute_dtype_of, resolve_device
 from featstore.pipelines.rates import Rates
 from featstore.recipe import PRECISIONS, TRAIN_TIMESTEPS, Recipe
 from featstore.store import Run, SampleTable, Store
-from featstore.techniques import Steering
-
-DEFAULT_BATCH_SIZE = 16
+from featstore.techniques import Steering, SteeringOptions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +47,8 @@ class ExtractConfig:
     """What the UNet is fed; one run each."""
     layers: str | None = None
     """Presets and layer names, comma separated; None: the model's default preset."""
-    image_size_px: int | None = None
-    """Side of the square model input; None: the data set's or the model's default."""
+    image_size_px: int | tuple[int, int] | None = None
+    """Side of a square model input, or its (height, width); None: the data set's or the model's default."""
     split: str | None = None
     """Only this split's images; None: all."""
     limit: int | None = None
@@ -57,11 +56,15 @@ class ExtractConfig:
     precision: str = "float16"
     """Element type on disk."""
     batch_size: int | None = None
-    """Rows of every forward pass of a new run; None: 16. A run keeps what it was created with."""
+    """Rows of every forward pass of a new run; None: what fits the device. A run keeps what it was created with."""
     device: str | None = None
     """``cpu``, ``cuda``, ``cuda:1``..; None: a GPU where there is one."""
-    prompt: str | None = None
-    """Replaces the data set's fixed detailed text."""
+    steering: SteeringOptions = dataclasses.field(default_factory=SteeringOptions)
+    """What is asked of all techniques: texts and scales."""
+    denoise_from: int | None = None
+    """Timestep that is noised to, and denoised from down to each of ``timesteps``; None: one noised pass."""
+    noise_ensemble: int = 1
+    """Draws of the noise that maps are averaged over."""
     seed: int = 0
     """Seed of the noise."""
     data_root: Path | None = None
@@ -78,10 +81,20 @@ class ExtractConfig:
             raise BadRequestError(f"a timestep is listed twice: {', '.join(map(str, self.timesteps))}")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.denoise_from is not None:
+            for timestep in self.timesteps:
+                if not timestep < self.denoise_from < TRAIN_TIMESTEPS:
+                    raise BadRequestError(
+                        f"--denoise-from {self.denoise_from} is outside {timestep + 1}..{TRAIN_TIMESTEPS - 1}: "
+                        f"denoising ends at the timestep of the pass, {timestep}"
+                    )
+        height, width = (None, None) if self.image_size_px is None else _pair(self.image_size_px)
         for name, value in (
             ("--limit", self.limit),
             ("--batch-size", self.batch_size),
-            ("--image-size", self.image_size_px),
+            ("--noise-ensemble", self.noise_ensemble),
+            ("--image-size", height),
+            ("--image-size", width),
         ):
             if value is not None and value < 1:
                 raise BadRequestError(f"{name} {value} is not 1 or more")
@@ -177,12 +190,24 @@ def make_plan(config: ExtractConfig) -> Plan:
     """
     techniques = featstore.techniques.parse(config.techniques)
     dataset = featstore.datasets.resolve(config.dataset, data_root=config.data_root)
-    source = featstore.models.resolve(config.model or dataset.info.model)
-    size = config.image_size_px or dataset.info.image_size_px or source.default_image_size_px
-    source.check_image_size(size, size)
+    wanted = select(dataset, split=config.split, limit=config.limit)
     device = resolve_device(config.device)
+    model = config.model or dataset.info.model
+    # What its configuration alone can refuse is refused before weights are fetched.
+    described = featstore.models.describe(model)
+    height, width = _pair(config.image_size_px or dataset.info.image_size_px or described.default_image_size_px)
+    described.check_image_size(height, width)
+    described.expand_layers(config.layers or described.default_layers)
+    source = featstore.models.resolve(model, allow_pickle=config.steering.allow_pickle)
     steerings = [
-        featstore.techniques.resolve(technique, dataset=dataset, model=source, prompt=config.prompt)
+        featstore.techniques.resolve(
+            technique,
+            dataset=dataset,
+            model=source,
+            options=config.steering,
+            dataset_name=config.dataset_name,
+            asked=_asked(config, dataset),
+        )
         for technique in techniques
     ]
     recipes = [
@@ -193,9 +218,12 @@ def make_plan(config: ExtractConfig) -> Plan:
                 technique=steering.expression,
                 parameters=steering.parameters(),
                 timestep=timestep,
+                denoise_from=config.denoise_from,
+                scheduler=source.scheduler,
                 seed=config.seed,
-                height_px=size,
-                width_px=size,
+                noise_ensemble=config.noise_ensemble,
+                height_px=height,
+                width_px=width,
                 compute_dtype=compute_dtype_of(device),
                 precision=config.precision,
             ),
@@ -205,11 +233,11 @@ def make_plan(config: ExtractConfig) -> Plan:
         for timestep in config.timesteps
     ]
     name = config.dataset_name or dataset.info.name
-    wanted = select(dataset, split=config.split, limit=config.limit)
+    _check_captions(config, dataset, wanted, steerings)
     store = _open_if_there(config.store)
     stored = store.dataset(name) if store is not None and name in store.datasets() else None
     found = [stored.find(recipe) if stored is not None else None for recipe, _ in recipes]
-    layers = _layers(source, config.layers or source.default_layers, size, found)
+    layers = _layers(source, config, (height, width), found)
     runs = tuple(
         PlannedRun(
             recipe=recipe,
@@ -258,6 +286,24 @@ def sample_table(dataset: Dataset) -> SampleTable:
     )
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that may be the side of a square."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _asked(config: ExtractConfig, dataset: Dataset) -> str:
+    """Data set and model as options of a command line, for hints."""
+    size = None if config.image_size_px is None else "x".join(map(str, dict.fromkeys(_pair(config.image_size_px))))
+    options = {
+        "--dataset": config.dataset,
+        "--model": config.model or dataset.info.model,
+        "--dataset-name": config.dataset_name,
+        "--data-root": None if config.data_root is None else str(config.data_root),
+        "--image-size": size,
+    }
+    return shlex.join([word for option, value in options.items() if value is not None for word in (option, value)])
+
+
 def _open_if_there(url: str) -> Store | None:
     try:
         return featstore.store.open(url)
@@ -265,13 +311,36 @@ def _open_if_there(url: str) -> Store | None:
         return None
 
 
-def _layers(source: ModelSource, text: str, size: int, found: Sequence[Run | None]) -> dict[str, tuple[int, int, int]]:
+def _check_captions(
+    config: ExtractConfig, dataset: Dataset, wanted: Sequence[int], steerings: Sequence[Steering]
+) -> None:
+    """Make sure that a caption file that is given is used, and has a text for every image that is wanted."""
+    file = config.steering.captions
+    if file is None:
+        return
+    captions = next((steering.captions for steering in steerings if steering.captions is not None), None)
+    if captions is None:
+        raise BadRequestError(
+            f"--captions {file} is given, but no pass of {config.techniques!r} takes its texts",
+            hint="the technique that does is prompt:caption",
+        )
+    root = "" if config.data_root is None else f" --data-root {shlex.quote(str(config.data_root))}"
+    out = shlex.quote(str(file))
+    remedy = f"featstore caption --dataset {shlex.quote(config.dataset)}{root} --captioner PATH_OR_ID --out {out}"
+    keys = [sample.key for sample in dataset.samples]
+    captions.check(keys, [keys[index] for index in wanted], remedy=remedy)
+
+
+def _layers(
+    source: ModelSource, config: ExtractConfig, size: tuple[int, int], found: Sequence[Run | None]
+) -> dict[str, tuple[int, int, int]]:
     """Shapes of the layers asked for; from the store where it knows them all, without building the model."""
+    text = config.layers or source.default_layers
     names = source.expand_layers(text)
     for run in found:
         if run is not None and all(name in run.layers for name in names):
             return {name: run.layers[name].shape for name in names}
-    return source.resolve_layers(text, size, size)
+    return source.resolve_layers(text, *size, config.steering.prompt_chunks)
 
 
 def _missing(

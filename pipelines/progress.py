@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1) -> None:
         """``steps`` more steps of the current stage are done."""
 
+    def describe(self, title: str) -> None:
+        """Another title for the current stage, e.g. with a figure that changes."""
+
     def note(self, text: str) -> None:
         """One line that the user should see."""
 
@@ -28,6 +31,9 @@ class Silent:
         """Drop it."""
 
     def advance(self, steps: int = 1) -> None:
+        """Drop it."""
+
+    def describe(self, title: str) -> None:
         """Drop it."""
 
     def note(self, text: str) -> None:

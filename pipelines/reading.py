@@ -15,7 +15,6 @@ import featstore.store
 import featstore.techniques
 from featstore.datasets import Dataset
 from featstore.errors import BadRequestError, FeatstoreError, NotCommittedError, NotFoundError, unknown_name
-from featstore.recipe import slug
 from featstore.store import Run, StoredDataset
 
 ATTENTION_PREFIX = "attn-"
@@ -102,9 +101,12 @@ class OpenBucket:
         info, recipe = self.dataset.info, self.runs[0].recipe
         prompts = {run.recipe.parameters.get("prompt") for run in self.runs if "prompt" in _parts(run)}
         own = [prompt for prompt in prompts if prompt is not None and prompt != info.prompt]
+        size, default = (recipe.height_px, recipe.width_px), (info.image_size_px,) * 2
         options = {
             "--prompt": own[0] if len(own) == 1 else None,
-            "--image-size": str(recipe.height_px) if info.image_size_px != recipe.height_px else None,
+            "--image-size": None if size == default else "x".join(str(side) for side in dict.fromkeys(size)),
+            "--denoise-from": None if recipe.denoise_from is None else str(recipe.denoise_from),
+            "--noise-ensemble": str(recipe.noise_ensemble) if recipe.noise_ensemble > 1 else None,
             "--precision": recipe.precision if recipe.precision != _DEFAULT_PRECISION else None,
             "--seed": str(recipe.seed) if recipe.seed else None,
         }
@@ -133,10 +135,7 @@ def extract_command(config: BucketConfig, **more: str | None) -> str:
 
 def model_name(model: str) -> str:
     """What a model is called in a store, given its name or its folder, which need not be there any more."""
-    path = Path(model).expanduser()
-    if model in tuple(featstore.models.MODELS) or not ("/" in model or path.is_dir()):
-        return model
-    return slug(path.resolve().name).strip("._-")
+    return featstore.models.public_name(model)
 
 
 def open_bucket(config: BucketConfig) -> OpenBucket:
@@ -194,7 +193,7 @@ def _expand(text: str, common: Sequence[str], model: str) -> list[str]:
     if all(name in common for name in names):
         return list(dict.fromkeys(names))
     try:
-        presets = featstore.models.resolve(model).presets
+        presets = featstore.models.describe(model).presets
     except FeatstoreError:
         presets = {}
     return list(dict.fromkeys(one for name in names for one in presets.get(name, (name,))))

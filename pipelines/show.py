@@ -99,17 +99,19 @@ def attention_panels(bucket: OpenBucket, rows: np.ndarray, images: list[np.ndarr
                 pictures.attention_overlay(image, one[token]) for image, one in zip(images, maps, strict=True)
             ),
         )
-        for token, word in _tokens(run.recipe.model, run.recipe.parameters.get("prompt"))
+        for token, word in _tokens(
+            run.recipe.model, run.recipe.parameters.get("prompt"), run.recipe.parameters.get("prompt_chunks", 1)
+        )
     ]
 
 
-def _tokens(model: str, prompt: str | None) -> list[tuple[int, str]]:
+def _tokens(model: str, prompt: str | None, prompt_chunks: int) -> list[tuple[int, str]]:
     """Positions and words of a few telling tokens; without the tokenizer at hand, the first positions."""
     unnamed = [(position, f"token {position}") for position in range(1, _SHOWN_TOKENS + 1)]
     if not prompt:
         return unnamed
     try:
-        words = models.resolve(model).tokens(prompt)
+        words = models.describe(model).tokens(prompt, prompt_chunks)
     except FeatstoreError:  # the weights are not on this machine; the features are, and that is enough
         return unnamed
     telling = [(position, word) for position, word in enumerate(words) if word and word not in _FILLERS]

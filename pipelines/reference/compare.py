@@ -62,7 +62,7 @@ def latents_and_rgb(dataset: Dataset, size: int) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         for start in range(0, len(images), ROWS_A_PASS):
             pixels = to_pixels(images[start : start + ROWS_A_PASS])
-            latents.append((backbone.vae.encode(pixels).latent_dist.mean * backbone.latent_scale).numpy())
+            latents.append(backbone.encode_images(pixels).numpy())
     backbone.close()
     rgb = to_pixels(images).numpy()
     return {"latents": np.concatenate(latents).astype(np.float32), "rgb": rgb.astype(np.float32)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -10,8 +11,8 @@ from typer.testing import CliRunner
 
 from featstore.cli.app import app
 from featstore.errors import BadRequestError
-from featstore.pipelines import bench as module
 from featstore.pipelines.bench import BenchConfig, bench
+from featstore.pipelines.bench.timing import in_turn
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -27,8 +28,11 @@ def check(figures, names):
 
 def test_extract_beside_bare_passes(tmp_path):
     figures = bench(("extract",), BenchConfig(images=5, repeats=2, device="cpu", beside=tmp_path / "s.zarr"))["extract"]
-    check(figures, ["passes", "ratio", "ratios", "finished_extract_seconds", "finished_extract_ratio"])
-    assert figures["passes"] == 15
+    check(
+        figures,
+        ["passes", "ratio", "ratios", "times_the_common_way", "finished_extract_seconds", "finished_extract_ratio"],
+    )
+    assert figures["passes"] == 20
     assert len(figures["ratios"]) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -47,11 +51,11 @@ def test_head_in_a_process_of_its_own(tmp_path, monkeypatch):
     assert figures["upsampled_float32_megabytes"] == pytest.approx(4 * shapes * 64 * 64 * 4 * 33 / 1e6)
 
 
-def test_the_two_sides_take_turns_in_going_first():
+def test_the_sides_take_turns_in_going_first():
     calls = []
-    for repeat in range(4):
-        module._in_turn(repeat, lambda: calls.append("ours"), lambda: calls.append("theirs"))
-    assert calls == ["ours", "theirs", "theirs", "ours"] * 2
+    for repeat in range(3):
+        in_turn(repeat, *(functools.partial(calls.append, side) for side in "abc"))
+    assert "".join(calls) == "abcbcacab"
 
 
 def test_the_command_prints_a_table_and_json(tmp_path):

@@ -35,5 +35,6 @@ def absent(monkeypatch):
 
         assert featstore.models.resolve(name)
         monkeypatch.setattr(featstore.models, "resolve", missing)
+        monkeypatch.setattr(featstore.models, "describe", missing)
 
     return remove

@@ -16,6 +16,7 @@ from featstore.pipelines import plan as plans
 from featstore.pipelines.extract import execute, extract
 from featstore.pipelines.plan import ExtractConfig, make_plan
 from featstore.pipelines.progress import Silent
+from featstore.techniques import SteeringOptions
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -74,7 +75,7 @@ def test_bytes_do_not_depend_on_order_failures_or_other_techniques(config, photo
     other = config(
         dataset=f"folder:{shuffled}",
         techniques=f"{lora},basic,controlnet+prompt",
-        prompt="a cat",
+        steering=SteeringOptions(prompt="a cat"),
         store=str(tmp_path / "other"),
     )
     report = extract(other)

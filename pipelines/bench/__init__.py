@@ -1,0 +1,49 @@
+"""What limits this machine: extraction against bare passes and the common way, the store against loose files, heads.
+
+Every figure is a ratio of sides that were measured in turn in one process; absolute rates are printed beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import BadRequestError, unknown_name
+from featstore.pipelines.bench.config import BenchConfig
+from featstore.pipelines.bench.extraction import bench_extract
+from featstore.pipelines.bench.heads import bench_head
+from featstore.pipelines.bench.storage import bench_store
+from featstore.pipelines.progress import Progress, Silent
+
+__all__ = ["SUBJECTS", "BenchConfig", "bench"]
+
+SUBJECTS = ("extract", "store", "head")
+
+
+def bench(subjects: tuple[str, ...], config: BenchConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure each of ``subjects``.
+
+    Raises:
+        BadRequestError: for an unknown subject.
+    """
+    measures: dict[str, Callable[[BenchConfig, Path], dict[str, Any]]] = {
+        "extract": bench_extract,
+        "store": bench_store,
+        "head": bench_head,
+    }
+    for subject in subjects:
+        if subject not in measures:
+            raise unknown_name("benchmark", subject, measures)
+    progress = progress or Silent()
+    place = None if config.beside is None else config.beside.absolute().parent
+    if place is not None and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise BadRequestError(f"folder {str(place)!r} does not exist or cannot be written", hint="name another --store")
+    results: dict[str, Any] = {}
+    for subject in subjects:
+        progress.note(f"measuring: {subject}")
+        with tempfile.TemporaryDirectory(prefix="featstore-bench-", dir=place) as folder:
+            results[subject] = measures[subject](config, Path(folder))
+    return results

@@ -1,0 +1,26 @@
+"""How much a benchmark measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """How much to measure."""
+
+    images: int | None = None
+    """Images of toyhorse; None: all."""
+    repeats: int = 3
+    """Pairs of measurements; medians are reported."""
+    max_steps: int | None = None
+    """Steps of the head's training at most; None: until its loss stops improving."""
+    batch_size: int | None = None
+    """Rows of every forward pass; None: as an extraction chooses."""
+    device: str | None = None
+    """Device; None: a GPU where there is one."""
+    beside: Path | None = None
+    """Temporary stores are made beside this one, so that its disk is measured; None: where temporary files go."""
+    seed: int = 0
+    """Seed of noise, random maps and heads."""
