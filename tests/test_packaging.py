@@ -1,4 +1,4 @@
-"""A wheel holds all three floors under one name, and the embedded model."""
+"""A wheel holds all three floors under one name, the embedded model, and the configurations of the others."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def test_a_wheel_is_complete_and_leaves_no_other_top_level_package(tmp_path):
         modules = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
         assert modules
         assert {f"{package}/{module.as_posix()}" for module in modules} <= set(names)
-    weights = ROOT / "featstore" / "models" / "reference" / "weights"
-    files = [path for path in weights.rglob("*") if path.is_file()]
-    assert files
-    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
+    for data in ("reference/weights", "configs"):
+        files = [path for path in (ROOT / "featstore" / "models" / data).rglob("*") if path.is_file()]
+        assert files
+        assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from featstore.cli.app import app
 from featstore.datasets import DATASETS
+from featstore.pipelines.convert_ddpm import ConvertDDPMConfig, convert_ddpm
+from tests.models.handwritten_ddpm import Guided
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +29,7 @@ NOT_RUN = {
     "make install": "is a part of `make test`",
     "featstore demo": "takes minutes; tests/pipelines/test_demo.py runs it in small",
     "featstore bench": "takes minutes; tests/benchmarks runs it in small",
+    "featstore convert-ddpm": "needs a checkpoint of 2 GB; tests/cli/test_convert_ddpm.py runs it in small",
     "python -m featstore.pipelines.train_reference": "takes hours; tests/pipelines/reference runs it in small",
     "python -m featstore.pipelines.reference.compare": "takes minutes; tests/pipelines/reference runs it in small",
 }
@@ -65,10 +69,25 @@ def steps():
 
 
 @pytest.fixture
-def workplace(weights_root, photos, tmp_path, monkeypatch):
-    """What the documents take for granted: photos, a model's folder, a LoRA, a downloaded data set."""
+def workplace(weights_root, photos, blip, tmp_path, monkeypatch):
+    """What the documents take for granted: photos, models' folders, a LoRA, a captioner, a downloaded data set."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEATSTORE_WEIGHTS", str(weights_root))
+    # A copy, because `train-lora` writes there.
+    shutil.copytree(weights_root, "weights-root")
+    monkeypatch.setenv("FEATSTORE_WEIGHTS", str(tmp_path / "weights-root"))
+    shutil.copytree(blip, "blip")
+    unet = Guided()
+    unet.forward(torch.zeros(1, 3, 32, 32), 0)
+    torch.save(unet.state, "lsun_horse.pt")
+    convert_ddpm(
+        ConvertDDPMConfig(
+            checkpoint=Path("lsun_horse.pt"),
+            folder=Path("weights/ddpm-horse"),
+            allow_pickle=True,
+            image_size_px=32,
+            head_channels=16,
+        )
+    )
     shutil.copytree(weights_root / "reference" / "pipeline", "stable-diffusion-v1-5")
     shutil.copy(weights_root / "reference" / "lora" / "pytorch_lora_weights.safetensors", "horse.safetensors")
     rng = np.random.default_rng(0)
