@@ -315,12 +315,18 @@ class ModelSource(abc.ABC):
     def controlnet_folder(self, variant: str) -> Path | None:
         """Folder of the model's own ControlNet of this variant, if it has one; fetched from the Hub if need be.
 
+        For a model that is given by its folder that is ``controlnet-<variant>`` in or beside the folder.
+
         Raises:
             NotFoundError: if it has one that is not on this machine and cannot be fetched.
         """
         place = self._controlnets.get(variant)
         if callable(place):
             place = self._controlnets[variant] = place()
+        if place is None:
+            name = f"controlnet-{variant}"
+            near = (self.folder / name, self.folder.parent / name)
+            place = next((folder for folder in near if (folder / "config.json").is_file()), None)
         return place
 
     @property

@@ -61,7 +61,8 @@ def apply(part: Part, request: Request, draft: Draft) -> None:
         if folder is None:
             raise NotFoundError(
                 f"model {request.model.name!r} has no {variant} ControlNet of its own",
-                hint=f"give the folder of one: controlnet:{'' if name == _DEFAULT else f'{name}='}PATH",
+                hint=f"give the folder of one: controlnet:{'' if name == _DEFAULT else f'{name}='}PATH, or put it "
+                f"beside the model's as controlnet-{variant}",
             )
     if folder.is_file():
         _refuse_file(folder)

@@ -32,12 +32,13 @@ class CommonWay:
         self._dtype = torch.float32 if plan.device == "cpu" else torch.float16
         with quiet():
             self._pipelines = [self._pipeline(run) for run in plan.runs]
+            self._nets = [[self._net(ref.folder) for ref in run.steering.controlnets] for run in plan.runs]
             self._noise = DDPMScheduler.from_config(self._pipelines[0].scheduler.config)
 
     def __call__(self, folder: Path) -> None:
         """Extract everything into ``folder``, a file an image, technique and layer."""
-        for place, (run, pipeline) in enumerate(zip(self._plan.runs, self._pipelines, strict=True)):
-            self._technique(run, pipeline, folder, f"{place}")
+        for place, (run, pipeline, nets) in enumerate(zip(self._plan.runs, self._pipelines, self._nets, strict=True)):
+            self._technique(run, pipeline, nets, folder, f"{place}")
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -49,13 +50,12 @@ class CommonWay:
             pipeline.load_lora_weights(str(ref.path.parent), weight_name=ref.path.name)
         return pipeline
 
+    def _net(self, folder: Path) -> Any:
+        return ControlNetModel.from_pretrained(folder).to(self._device, self._dtype)
+
     @torch.no_grad()
-    def _technique(self, run: PlannedRun, pipeline: Any, folder: Path, name: str) -> None:
+    def _technique(self, run: PlannedRun, pipeline: Any, nets: list[Any], folder: Path, name: str) -> None:
         recipe, dataset = run.recipe, self._plan.dataset
-        nets = [
-            ControlNetModel.from_pretrained(ref.folder).to(self._device, self._dtype)
-            for ref in run.steering.controlnets
-        ]
         text = pipeline.encode_prompt(run.steering.prompt, self._device, 1, do_classifier_free_guidance=False)[0]
         step = torch.tensor([recipe.timestep], device=self._device)
         for index in self._plan.wanted:

@@ -136,14 +136,16 @@ def test_what_is_missing_is_refused(
     assert hint in str(caught.value.hint)
 
 
-def test_defaults_that_a_model_or_data_set_lacks(source: ModelSource) -> None:
+def test_defaults_that_a_model_or_data_set_lacks(source: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no LoRA for data set 'photos'") as caught:
         steer("lora", source, dataset=Photos())
     assert "lora:PATH.safetensors" in str(caught.value.hint)
-    other = open_folder("other", source.folder)
+    other = open_folder("other", shutil.copytree(source.folder, tmp_path / "models" / "other"))
     with pytest.raises(NotFoundError, match="'other' has no canny ControlNet") as caught:
         steer("controlnet", other)
     assert "controlnet:PATH" in str(caught.value.hint)
+    beside = shutil.copytree(source.folder.parent / "controlnet-canny", tmp_path / "models" / "controlnet-canny")
+    assert steer("controlnet", other).controlnets[0].folder == beside
 
 
 def test_controlnets_that_do_not_fit(source: ModelSource, tmp_path: Path) -> None:
