@@ -35,6 +35,7 @@ class HostMaps:
         self._precision = precision
         self._dtype = torch_precision(precision)
         self._stream = stream
+        self._copied: torch.cuda.Event | None = None
         self._maps: dict[str, torch.Tensor] = {}
         self._peaks: dict[str, torch.Tensor] = {}
 
@@ -46,6 +47,8 @@ class HostMaps:
         self._stream.wait_stream(torch.cuda.current_stream(maps.device))
         with torch.cuda.stream(self._stream):
             self._copy(layer, start, maps)
+            # An event and not the stream is waited for: the next pass' copies follow on the same stream.
+            self._copied = self._stream.record_event()
         maps.record_stream(self._stream)
 
     def _copy(self, layer: str, start: int, maps: torch.Tensor) -> None:
@@ -65,8 +68,8 @@ class HostMaps:
         A row is unfit if it holds NaN or infinity, or a value that overflows the precision; it is given with the
         reason, naming the layer. Other rows are not touched by those.
         """
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         bad: dict[int, str] = {}
         for layer, peaks in self._peaks.items():
             stored = peaks.to(self._dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from featstore.errors import CorruptError, NotFoundError
 from featstore.store import layout, metadata
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 
 Documents = tuple[tuple[str, Callable[[int], dict[str, Any]]], ...]
 """Keys, each with the function that makes its document for a number of images."""
@@ -27,7 +27,7 @@ def documents(run: str, layer: str, shape: layout.Shape, dtype: np.dtype[Any], b
     )
 
 
-def length(objects: LocalObjects, key: str, make: Callable[[int], dict[str, Any]]) -> int:
+def length(objects: Objects, key: str, make: Callable[[int], dict[str, Any]]) -> int:
     """Number of images that the array document at ``key`` speaks of.
 
     Raises:
@@ -44,7 +44,7 @@ def length(objects: LocalObjects, key: str, make: Callable[[int], dict[str, Any]
     return images
 
 
-def mend(objects: LocalObjects, run: str, pairs: Documents, n_images: int) -> None:
+def mend(objects: Objects, run: str, pairs: Documents, n_images: int) -> None:
     """Write those documents anew that are damaged, gone, or shorter than ``n_images``; never shorten one."""
     with objects.lock(run):
         for key, make in pairs:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.errors import BadRequestError, NotFoundError
 from featstore.store import layout, metadata
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 
 if TYPE_CHECKING:
     from featstore.store.run import Run
@@ -26,7 +26,7 @@ def entry(path: str, document: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": metadata.FORMAT, "path": path, "copy": own}
 
 
-def put_entry(objects: LocalObjects, path: str, document: Mapping[str, Any]) -> None:
+def put_entry(objects: Objects, path: str, document: Mapping[str, Any]) -> None:
     """Write the entry of ``path`` if it is not there as it should be."""
     key = layout.catalog_key(path)
     data = metadata.seal(entry(path, document))
@@ -38,7 +38,7 @@ def put_entry(objects: LocalObjects, path: str, document: Mapping[str, Any]) -> 
         objects.put(key, data)
 
 
-def paths(objects: LocalObjects, dataset: str | None = None) -> list[str]:
+def paths(objects: Objects, dataset: str | None = None) -> list[str]:
     """Paths of the runs in the catalog, of one data set or all, sorted.
 
     Files that cannot be ours, such as names that would lead out of the store, are passed over.

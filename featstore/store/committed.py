@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from featstore.errors import CorruptError, NotFoundError
 from featstore.store import layout
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 from featstore.store.shard import CRC_BYTES, checksum
 
 Record = npt.NDArray[np.uint64]
@@ -35,7 +35,7 @@ def digests64(digests: Sequence[str]) -> Record:
     return values
 
 
-def read_record(objects: LocalObjects, run: str, layer: str, block: int, block_length: int) -> Record:
+def read_record(objects: Objects, run: str, layer: str, block: int, block_length: int) -> Record:
     """A block's record, (block_length,); zeros if nothing of it was ever committed.
 
     Raises:
@@ -54,13 +54,13 @@ def read_record(objects: LocalObjects, run: str, layer: str, block: int, block_l
     return np.frombuffer(data, dtype="<u8", count=block_length).astype(np.uint64)
 
 
-def write_record(objects: LocalObjects, run: str, layer: str, block: int, record: Record) -> int:
+def write_record(objects: Objects, run: str, layer: str, block: int, record: Record) -> int:
     """Put a block's record, durably; returns the bytes written."""
     data = record.astype("<u8").tobytes()
     return objects.put(layout.record_key(run, layer, block), data, checksum(data))
 
 
-def read_records(objects: LocalObjects, run: str, layer: str, n_images: int, block_length: int) -> Record:
+def read_records(objects: Objects, run: str, layer: str, n_images: int, block_length: int) -> Record:
     """The records of all blocks of a run, (n_images,).
 
     Raises:

@@ -20,14 +20,14 @@ from featstore.errors import (
 )
 from featstore.recipe import Recipe, canonical_json
 from featstore.store import catalog, layout, metadata
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 from featstore.store.run import LayerInfo, Run
 from featstore.store.samples import SampleTable
 
 _log = logging.getLogger(__name__)
 
 
-def read_samples(objects: LocalObjects, name: str) -> SampleTable:
+def read_samples(objects: Objects, name: str) -> SampleTable:
     """The sample table of data set ``name`` as it is on disk now.
 
     Raises:
@@ -52,14 +52,14 @@ class Bucket:
 class StoredDataset:
     """A data set in a store, with the sample table as it was when this object was made."""
 
-    def __init__(self, objects: LocalObjects, name: str, samples: SampleTable, *, writable: bool) -> None:
+    def __init__(self, objects: Objects, name: str, samples: SampleTable, *, writable: bool) -> None:
         self.objects = objects
         self.name = name
         self.samples = samples
         self.writable = writable
 
     def __repr__(self) -> str:
-        return f"<StoredDataset {self.name} of {len(self.samples)} images in {str(self.objects.root)!r}>"
+        return f"<StoredDataset {self.name} of {len(self.samples)} images in {self.objects.url!r}>"
 
     @cached_property
     def row_of(self) -> Mapping[str, int]:
@@ -70,7 +70,7 @@ class StoredDataset:
         """Raise StorageError if the store was opened for reading."""
         if not self.writable:
             raise StorageError(
-                f"{str(self.objects.root)!r} was opened for reading only", hint="open it with featstore.create(url)"
+                f"{self.objects.url!r} was opened for reading only", hint="open it with featstore.create(url)"
             )
 
     def runs(self) -> list[Run]:
@@ -266,7 +266,7 @@ def _checked_layers(layers: Mapping[str, layout.Shape]) -> dict[str, layout.Shap
         raise BadRequestError(str(error)) from None
 
 
-def put_group(objects: LocalObjects, path: str, kind: str, recipe: Recipe) -> None:
+def put_group(objects: Objects, path: str, kind: str, recipe: Recipe) -> None:
     """Make sure that there is a sound document at ``path`` for a group on the way to a run of ``recipe``."""
     key = f"{path}/{layout.ROOT}"
     attributes = {"model": {"model": recipe.model}, "technique": {"technique": recipe.technique}}.get(kind, {})

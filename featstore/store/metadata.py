@@ -14,7 +14,7 @@ from typing import Any
 
 from featstore.errors import CorruptError, IncompatibleError
 from featstore.recipe import canonical_json, sha256_hex
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 
 FORMAT = 1
 """Version of the layout on disk; a store of a higher one is refused."""
@@ -97,7 +97,7 @@ def remedy(name: str) -> str:
     return "`featstore verify --repair` writes it anew"
 
 
-def read(objects: LocalObjects, key: str) -> dict[str, Any]:
+def read(objects: Objects, key: str) -> dict[str, Any]:
     """The document at ``key``, checked.
 
     Raises:
@@ -107,7 +107,7 @@ def read(objects: LocalObjects, key: str) -> dict[str, Any]:
     return unseal(objects.get(key, max_bytes=MAX_BYTES), key)
 
 
-def write(objects: LocalObjects, key: str, document: Mapping[str, Any]) -> int:
+def write(objects: Objects, key: str, document: Mapping[str, Any]) -> int:
     """Put ``document`` at ``key``, atomically and durably; returns the bytes written."""
     return objects.put(key, seal(document))
 

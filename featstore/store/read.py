@@ -13,7 +13,7 @@ from featstore.errors import BadRequestError, CorruptError, FeatstoreError, NotC
 from featstore.recipe import Recipe
 from featstore.store import layout, shard
 from featstore.store.committed import REMEDY, Record, read_record
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 
 if TYPE_CHECKING:
     import dask.array
@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.int64]
 class LayerReader:
     """Everything that reading a layer needs; small enough to travel to a worker (N x 8 bytes)."""
 
-    objects: LocalObjects
+    objects: Objects
     """Where the store lies."""
     path: str
     """Path of the run below the store."""
@@ -153,7 +153,7 @@ class LayerReader:
             if chosen.shape != (self.n_images,) or chosen.dtype != np.bool_:
                 raise BadRequestError(f"a mask of {self.n_images} rows is wanted, not {chosen.shape} {chosen.dtype}")
             masks = [da.from_array(chosen, chunks=(tuple(sizes),))[:, None, None, None]]
-        token = tokenize(str(self.objects.root), self.path, self.layer, self.wanted, chosen)
+        token = tokenize(self.objects.url, self.path, self.layer, self.wanted, chosen)
         array: dask.array.Array = da.map_blocks(
             _read_chosen if masks else _read_chunk,
             *masks,

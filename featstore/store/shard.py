@@ -59,10 +59,8 @@ def read_index(snapshot: Snapshot, block_length: int, image_bytes: int) -> Index
         CorruptError: if it is truncated, its checksum differs, or an entry points outside.
     """
     length = block_length * 16 + CRC_BYTES
-    if snapshot.size_bytes < length:
-        raise CorruptError(f"it is truncated: {snapshot.size_bytes} bytes, its index alone has {length}")
+    data = snapshot.read_tail(length)
     body_bytes = snapshot.size_bytes - length
-    data = snapshot.read(body_bytes, length)
     if checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
         raise CorruptError("its index is broken, or it is truncated: the index does not match its crc32c")
     index = np.frombuffer(data, dtype="<u8", count=2 * block_length).reshape(block_length, 2)

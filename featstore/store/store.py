@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from featstore.errors import BadRequestError, CorruptError, NotFoundError, StorageError
 from featstore.store import catalog, layout, metadata
 from featstore.store.dataset import StoredDataset, read_samples
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 from featstore.store.samples import SampleTable
+from featstore.store.urls import objects_at
 
 _REMEDY = "create a store with `featstore extract`, or name another with --store"
-
-
-def local_path(url: str | Path) -> Path:
-    """The folder that ``url`` names: a path, absolute or relative, or ``file://``.
-
-    Raises:
-        BadRequestError: for another scheme.
-    """
-    text = str(url)
-    if not text:
-        raise BadRequestError("an empty store URL", hint="name a folder, e.g. --store ./features.zarr")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if isinstance(url, Path) or scheme is None:
-        return Path(text).expanduser().absolute()
-    parts = urlsplit(text)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-        raise BadRequestError(
-            f"store URL {text!r} has scheme {parts.scheme}://; supported are local paths and file:///path",
-            hint="give the path of a folder",
-        )
-    return Path(unquote(parts.path))
 
 
 class Store:
     """Features of many data sets, shared; `featstore.open` and `featstore.create` make one."""
 
-    def __init__(self, url: str | Path, objects: LocalObjects, *, writable: bool) -> None:
+    def __init__(self, url: str | Path, objects: Objects, *, writable: bool) -> None:
         self.url = str(url)
         self.objects = objects
         self.writable = writable
@@ -127,7 +105,7 @@ class Store:
         catalog.write_snapshot(self)
 
 
-def _check_root(url: str | Path, objects: LocalObjects) -> None:
+def _check_root(url: str | Path, objects: Objects) -> None:
     try:
         document: dict[str, Any] = metadata.read(objects, layout.ROOT)
     except NotFoundError:
@@ -150,7 +128,7 @@ def open(url: str | Path) -> Store:
         IncompatibleError: for a store of a newer format.
         CorruptError: if its ``zarr.json`` is damaged.
     """
-    objects = LocalObjects(local_path(url))
+    objects = objects_at(url)
     try:
         _check_root(url, objects)
     except NotFoundError:
@@ -168,7 +146,7 @@ def create(url: str | Path) -> Store:
         StorageError: if it cannot be written.
         IncompatibleError, CorruptError: as `open`.
     """
-    objects = LocalObjects(local_path(url))
+    objects = objects_at(url)
     try:
         _prepare(url, objects)
     except StorageError as error:
@@ -177,7 +155,7 @@ def create(url: str | Path) -> Store:
     return Store(url, objects, writable=True)
 
 
-def _prepare(url: str | Path, objects: LocalObjects) -> None:
+def _prepare(url: str | Path, objects: Objects) -> None:
     try:
         _check_root(url, objects)
     except NotFoundError:

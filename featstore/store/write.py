@@ -34,13 +34,13 @@ import numpy.typing as npt
 from featstore.errors import CorruptError, NotFoundError
 from featstore.store import layout, shard
 from featstore.store.committed import REMEDY, Record, read_record, write_record
-from featstore.store.objects import LocalObjects
+from featstore.store.objects import Objects
 
 _log = logging.getLogger(__name__)
 
 
 def write_layer_block(
-    objects: LocalObjects,
+    objects: Objects,
     run: str,
     layer: str,
     block: int,
@@ -95,7 +95,7 @@ def write_layer_block(
 
 
 def _read_old(
-    objects: LocalObjects, key: str, record: Record, image_bytes: int
+    objects: Objects, key: str, record: Record, image_bytes: int
 ) -> tuple[dict[int, npt.NDArray[np.uint8]], dict[int, str]]:
     """The committed rows of a shard that are sound, and what is wrong with the others, by place."""
     slots = np.flatnonzero(record).tolist()
@@ -114,7 +114,7 @@ def _read_old(
 
 
 def uncommit(
-    objects: LocalObjects, run: str, layer: str, block: int, block_length: int, doomed: Mapping[int, int] | None
+    objects: Objects, run: str, layer: str, block: int, block_length: int, doomed: Mapping[int, int] | None
 ) -> None:
     """Make rows of a block absent, so that the next extraction computes them.
 

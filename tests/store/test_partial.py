@@ -13,7 +13,8 @@ import pytest
 import featstore.store as fs
 from featstore.errors import BadRequestError, NotFoundError
 from featstore.store import partial
-from featstore.store.objects import INTERNAL, LocalObjects
+from featstore.store.local import LocalObjects
+from featstore.store.objects import INTERNAL
 
 DAY = 24 * 3600.0
 
@@ -76,7 +77,9 @@ def test_put_replaces_whole_and_an_open_object_stays_as_it_was(tmp_path):
         objects.put("a/b", b"new")
         assert snapshot.read(0, snapshot.size_bytes) == b"old value"
     assert objects.get("a/b") == b"new"
-    assert objects.get_range("a/b", 1, 2) == b"ew"
+    with objects.open("a/b") as snapshot:
+        assert snapshot.read(1, 2) == b"ew"
+        assert snapshot.read_tail(2) == b"ew"
     assert objects.names("a") == ["b"]
     objects.delete("a/b")
     objects.delete("a/b")
@@ -102,7 +105,7 @@ def test_put_new_has_one_winner(tmp_path):
     assert not objects.put_new("k", b"2")
     assert objects.get("k") == b"1"
     code = (
-        "import sys, featstore.store.objects as o, pathlib; sys.stdin.read();"
+        "import sys, featstore.store.local as o, pathlib; sys.stdin.read();"
         f"print(o.LocalObjects(pathlib.Path({str(tmp_path)!r})).put_new('race', sys.argv[1].encode() * 100000))"
     )
     racers = [

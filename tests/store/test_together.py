@@ -12,7 +12,7 @@ import pytest
 
 import featstore.store as fs
 from featstore.errors import NotCommittedError
-from featstore.store.objects import LocalObjects
+from featstore.store.local import LocalObjects
 
 
 def test_threads_write_different_blocks_and_runs_and_the_same_block(tmp_path, lab):
