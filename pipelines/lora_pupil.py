@@ -90,11 +90,11 @@ class Pupil:
             texts: B texts.
         """
         backbone, device = self.backbone, self.backbone.device
-        share = backbone.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1).to(device)
+        share = backbone.schedule.alphas_cumprod[timesteps.to(device)].view(-1, 1, 1, 1)
         clean, noise = latents.float(), noise.to(device)
         noised = share.sqrt() * clean + (1.0 - share).sqrt() * noise
         target = noise
-        if backbone.prediction_type == "v_prediction":
+        if backbone.schedule.prediction_type == "v_prediction":
             # Salimans and Ho, 2022, appendix D
             target = share.sqrt() * noise - (1.0 - share).sqrt() * clean
         half = backbone.dtype != torch.float32

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from featstore.extraction.images import UInt8Array
+from featstore.models.backbones.transfer import to_device
 
 
 def condition(seen: Sequence[UInt8Array], device: torch.device) -> torch.Tensor:
     """What detectors saw, uint8 (H, W, 3) an image, for a ControlNet: float32 (B, 3, H, W) in [0, 1], on the device."""
     # A quarter of the bytes on the way there.
-    stacked = torch.from_numpy(np.stack(seen)).to(device)
+    stacked = to_device(torch.from_numpy(np.stack(seen)), device)
     return stacked.permute(0, 3, 1, 2).to(torch.float32).div(255.0).contiguous()
 
 

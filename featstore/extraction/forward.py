@@ -1,30 +1,26 @@
-"""The batched forward pass of one model, for several steerings.
+"""Passes of one model over images, in batches of one size, for several steerings.
 
 Shapes: n rows asked for, B the batch size of every forward, C channels, H W map height and width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from featstore.errors import BadRequestError, unknown_name
+from featstore.extraction.batch import Forward
 from featstore.extraction.conditioning import Conditioner, ImageConditions
-from featstore.extraction.controlnet import residuals
 from featstore.extraction.host import FloatArray, HostMaps, torch_precision
 from featstore.extraction.images import UInt8Array, to_pixels
-from featstore.extraction.noise import noise
-from featstore.extraction.passes import Item, Pass, denoising, items, sharing
+from featstore.extraction.passes import Item, Pass, items, sharing
 from featstore.extraction.taps import Maps, TapSession, select
-from featstore.models.layers import Read
 
 if TYPE_CHECKING:
-    from featstore.models.backbones.base import Backbone, Text
+    from featstore.models.backbones.base import Backbone
     from featstore.techniques.base import Steering
 
 
@@ -79,6 +75,7 @@ class Extractor:
         self.precision = precision
         self._taps = select(backbone.source.taps, self.layers)
         self._conditioner = Conditioner(backbone, steerings)
+        self._forward = Forward(self._conditioner, self._taps, height_px, width_px)
         on_gpu = backbone.device.type == "cuda"
         self._copies = torch.cuda.Stream(backbone.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -105,7 +102,7 @@ class Extractor:
                 parts.append(self.backbone.encode_images(to_pixels(images[rows])))
             if not parts:
                 source, dtype = self.backbone.source, self.backbone.dtype
-                height, width = self._latent_size
+                height, width = self._forward.latent_size
                 return torch.empty((0, source.latent_channels, height, width), dtype=dtype, device=self.backbone.device)
             return torch.cat(parts)[: len(images)]
 
@@ -172,90 +169,13 @@ class Extractor:
                 for start in range(0, len(rows), self.batch_size):
                     batch = rows[start : start + self.batch_size]
                     padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-                    maps = self._forward(session, passes, padded, latents, digests, seen)
+                    maps = self._forward.run(session, passes, padded, latents, digests, seen)
                     for index, position, values in means.add(passes, batch, maps):
                         for layer, value in values.items():
                             results[index].put(layer, position, value)
                     for index in indices:
                         if start < ends[index] <= start + len(batch):
                             yield index, results.pop(index)
-
-    # what run_all is made of
-
-    def _forward(
-        self,
-        session: TapSession,
-        passes: Sequence[Pass],
-        batch: Sequence[Item],
-        latents: torch.Tensor,
-        digests: Sequence[str],
-        images: ImageConditions,
-    ) -> Maps:
-        """The maps (B, C, H, W) of one batch, whose rows share what acts on them."""
-        backbone, conditioner = self.backbone, self._conditioner
-        first = passes[batch[0].index]
-        steering = self.steerings[first.steering]
-        with torch.inference_mode(), conditioner.acting(first.steering):
-            sides = [_Side(conditioner.text(passes, batch), conditioner.looks(passes, batch, images))]
-            if steering.guidance is not None:
-                unseen = conditioner.looks(passes, batch, images, guided=False)
-                sides.append(_Side(conditioner.unguided(passes, batch), unseen))
-            controls = conditioner.controls(passes, batch, images)
-            x = self._noised(passes, batch, latents, digests)
-            times = [passes[item.index].timestep for item in batch]
-            if first.denoise_from is not None:
-                path = denoising(first.denoise_from, first.timestep)
-                for now, then in itertools.pairwise(path):
-                    outputs = [self._predict(x, [now] * len(batch), side, controls) for side in sides]
-                    x = backbone.stepped(x, _guided(outputs, steering.guidance), now, then)
-            maps = [session.run(self._latent_size, **self._inputs(x, times, side, controls)) for side in sides]
-        if len(maps) == 1:
-            return maps[0]
-        return {
-            # Probabilities are those under the prompt: an extrapolated one is none.
-            tap.layer: maps[0][tap.layer]
-            if tap.read is Read.ATTENTION
-            else _guided([one[tap.layer] for one in maps], steering.guidance)
-            for tap in self._taps
-        }
-
-    def _noised(
-        self, passes: Sequence[Pass], batch: Sequence[Item], latents: torch.Tensor, digests: Sequence[str]
-    ) -> torch.Tensor:
-        """The rows of a batch, noised: (B, C, h, w)."""
-        backbone, shape = self.backbone, tuple(latents.shape[1:])
-        levels, drawn = [], []
-        for item in batch:
-            one = passes[item.index]
-            levels.append(one.timestep if one.denoise_from is None else one.denoise_from)
-            drawn.append(noise(one.seed, digests[item.row], levels[-1], shape, item.draw))
-        clean, noises = latents[[item.row for item in batch]], torch.stack(drawn)
-        # Row by row the same: nothing is summed over rows.
-        noised = [
-            backbone.noised(clean[start:stop], noises[start:stop], level) for level, start, stop in _spans(levels)
-        ]
-        return noised[0] if len(noised) == 1 else torch.cat(noised)
-
-    def _inputs(
-        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
-    ) -> dict[str, Any]:
-        timesteps = torch.tensor(times, device=x.device)
-        inputs = self.backbone.inputs(x, timesteps, side.text, self.height_px, self.width_px)
-        added = residuals(controls, inputs)
-        if side.looks:
-            inputs["added_cond_kwargs"] = inputs.get("added_cond_kwargs", {}) | side.looks
-        return inputs | added
-
-    def _predict(
-        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
-    ) -> torch.Tensor:
-        output = self.backbone.denoiser(return_dict=False, **self._inputs(x, times, side, controls))
-        return self.backbone.prediction(output)
-
-    @property
-    def _latent_size(self) -> tuple[int, int]:
-        factor = self.backbone.source.latent_factor
-        return self.height_px // factor, self.width_px // factor
 
     def _check_images(self, images: UInt8Array) -> None:
         wanted = (self.height_px, self.width_px, 3)
@@ -275,24 +195,6 @@ class Extractor:
             one.check(self.backbone.timesteps)
             if self.steerings[one.steering].prompt is None and one.captions is None:
                 raise BadRequestError("this steering takes a caption an image, and none are given")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Side:
-    """What the rows of a batch are steered by: under the prompt, or, for guidance, without it."""
-
-    text: Text
-    looks: dict[str, list[torch.Tensor]]
-    """``image_embeds`` of IP-Adapters."""
-
-
-def _spans(values: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of equal neighbours: (value, start, stop)."""
-    start = 0
-    for value, run in itertools.groupby(values):
-        stop = start + len(list(run))
-        yield value, start, stop
-        start = stop
 
 
 class _Means:
@@ -320,11 +222,3 @@ class _Means:
             if batch[start].draw == draws - 1:
                 yield index, batch[start].position, {layer: total / draws for layer, total in self._sums.items()}
             start += 1
-
-
-def _guided(values: Sequence[torch.Tensor], scale: float | None) -> torch.Tensor:
-    """Classifier-free guidance: ``unguided + scale (guided - unguided)`` (Ho and Salimans, 2022), or the one value."""
-    if scale is None:
-        return values[0]
-    guided, unguided = values
-    return unguided + scale * (guided - unguided)

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from featstore.errors import BadRequestError
 from featstore.extraction.noise import noise
-from featstore.models.backbones.schedules import ddpm_noised
+from featstore.models.backbones.schedules import Diffusion
 
 DIGEST = hashlib.sha256(b"an image").hexdigest()
 SHAPE = (4, 16, 16)
@@ -62,8 +62,9 @@ def test_what_is_no_digest_is_refused(digest: str) -> None:
 def test_adding_noise_is_that_of_diffusers(timestep: int) -> None:
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     latents, drawn = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
-    ours = ddpm_noised(latents, drawn, timestep, scheduler.alphas_cumprod)
+    schedule = Diffusion(scheduler.alphas_cumprod)
+    ours = schedule.noised(latents, drawn, timestep)
     theirs = scheduler.add_noise(latents, drawn, torch.full((3,), timestep))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    half = ddpm_noised(latents.half(), drawn, timestep, scheduler.alphas_cumprod)
+    half = schedule.noised(latents.half(), drawn, timestep)
     assert half.dtype == torch.float16

@@ -142,7 +142,7 @@ def test_denoising_under_guidance_follows_the_guided_noise(
     latents = one.encode(images)
     start, _ = one.run(0, latents, images, DIGESTS, 51, SEED)
     maps, _ = one.run(0, latents, images, DIGESTS, 50, SEED, denoise_from=51)
-    alphas = backbone.alphas_cumprod
+    alphas = backbone.schedule.alphas_cumprod
     x, noise = torch.from_numpy(start["unet-in"]), torch.from_numpy(start["unet-out"])
     clean = (x - (1 - alphas[51]).sqrt() * noise) / alphas[51].sqrt()
     close(maps["unet-in"], alphas[50].sqrt() * clean + (1 - alphas[50]).sqrt() * noise)
@@ -155,7 +155,7 @@ def test_an_ensemble_is_the_mean_over_its_draws_whatever_the_batches(
     latents = one.encode(images)
     whole, _ = one.run(0, latents, images, DIGESTS, 301, SEED, noise_ensemble=3)
     single, _ = one.run(0, latents, images, DIGESTS, 301, SEED)
-    alpha = float(backbone.alphas_cumprod[301])
+    alpha = float(backbone.schedule.alphas_cumprod[301])
     total = torch.zeros(N, 4, 16, 16)
     for draw in range(3):
         rows = []

@@ -13,6 +13,7 @@ from featstore import models
 from featstore.errors import BadRequestError, NotFoundError
 from featstore.models import ModelSource
 from featstore.models.backbones.stable_diffusion import StableDiffusionBackbone as Backbone
+from featstore.models.backbones.transfer import to_device
 from featstore.models.digests import file_sha256
 from featstore.models.families import open_folder
 from tests.tiny_models import LORA_ALPHA, LORA_RANK, build_tiny_lora, build_tiny_sd
@@ -57,8 +58,8 @@ def test_weights_are_those_of_the_folder_frozen_and_without_a_decoder(source: Mo
 
 def test_the_schedule_is_the_models_own(source: ModelSource, backbone: Backbone) -> None:
     own = PNDMScheduler.from_pretrained(source.folder / "scheduler")
-    torch.testing.assert_close(backbone.alphas_cumprod, own.alphas_cumprod, rtol=0, atol=0)
-    assert not torch.equal(backbone.alphas_cumprod, DDPMScheduler().alphas_cumprod)
+    torch.testing.assert_close(backbone.schedule.alphas_cumprod, own.alphas_cumprod, rtol=0, atol=0)
+    assert not torch.equal(backbone.schedule.alphas_cumprod, DDPMScheduler().alphas_cumprod)
 
 
 def test_loading_writes_nothing_to_the_terminal(source: ModelSource, capfd: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +149,7 @@ def test_a_disabled_lora_changes_no_bit_and_an_enabled_one_is_the_low_rank_sum(
         product = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
         state[target] += 0.5 * LORA_ALPHA / LORA_RANK * product
     fused.load_state_dict(state)
-    backbone.unet = fused.eval()
+    backbone.denoiser = fused.eval()
     expected = unet_output(backbone)
     torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-5)
     assert (steered - before).norm() / before.norm() > 1e-2
@@ -227,3 +228,24 @@ def test_loras_that_do_not_fit_leave_the_model_as_it_was(
     good = backbone.lora(lora_file(weights_root), "6" * 64)
     with backbone.adapted([(good, 1.0)]):
         assert not torch.allclose(unet_output(backbone), before)
+
+
+def test_copies_to_a_gpu_are_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(("pinned",))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        calls.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    tensor, gpu, cpu = torch.zeros(2), torch.device("cuda:0"), torch.device("cpu")
+    to_device(tensor, gpu)
+    assert calls == [("pinned",), (gpu, True)]
+    calls.clear()
+    to_device(tensor, cpu)
+    assert calls == [(cpu, False)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,24 @@ def test_the_prefix_takes_ddpms_only(weights_root: Path, tmp_path: Path) -> None
     with pytest.raises(NotFoundError, match="no folder") as absent:
         models.resolve(f"ddpm:{tmp_path / 'absent'}")
     assert "convert-ddpm" in str(absent.value.hint)
+
+
+def test_what_a_ddpm_does_not_take_is_refused(ho: tuple[UNet2DModel, Path], tmp_path: Path) -> None:
+    with models.resolve(f"ddpm:{ho[1]}").load() as backbone:
+        asked: dict[str, Callable[[], object]] = {
+            "ControlNets": lambda: backbone.controlnet(tmp_path, "1" * 64),
+            "LoRAs": lambda: backbone.lora(tmp_path, "2" * 64),
+            "LoRAs act": lambda: backbone.adapted([("one", 1.0)]),
+            "IP-Adapters": lambda: backbone.ip_adapter(tmp_path, tmp_path, "3" * 64),
+            "IP-Adapters act": lambda: backbone.looking("3" * 64, 1.0),
+            "IP-Adapters see": lambda: backbone.see("3" * 64, None),
+        }
+        for what, ask in asked.items():
+            with pytest.raises(BadRequestError, match=rf"\(DDPM\) takes no {what.split()[0]}$") as caught:
+                ask()
+            assert caught.value.hint == "it can be steered by: basic"
+        with backbone.adapted([]):
+            pass
 
 
 def test_planning_imports_no_torch() -> None:

@@ -10,11 +10,13 @@ import contextlib
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import nn
 
+from featstore.errors import BadRequestError
+from featstore.models.backbones.schedules import Schedule
 from featstore.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -30,10 +32,20 @@ class Backbone(abc.ABC):
     `close` gives the memory back; the backbone cannot be used after.
     """
 
-    def __init__(self, source: ModelSource, *, denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        denoiser: nn.Module,
+        schedule: Schedule,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.source = source
         self.denoiser: nn.Module = denoiser
         """The network that layers are read from: a stock UNet or transformer."""
+        self.schedule = schedule
+        """The model's own noise schedule."""
         self.device = device
         self.dtype = dtype
         self._closed = False
@@ -76,25 +88,18 @@ class Backbone(abc.ABC):
 
     # noise
 
-    @abc.abstractmethod
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Rows (B, C, h, w) with noise of the same shape at one timestep, by the model's own schedule."""
-
-    @abc.abstractmethod
-    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
-        """One deterministic denoising step from ``timestep`` to ``earlier`` (DDIM with eta 0, or Euler for flows).
-
-        Args:
-            noised: (B, C, h, w) at ``timestep``.
-            prediction: what the denoiser returned for it, (B, C, h, w).
-            timestep: 0..999.
-            earlier: 0..timestep.
-        """
-
     @property
-    @abc.abstractmethod
     def timesteps(self) -> int:
         """Number of timesteps of the schedule."""
+        return self.schedule.timesteps
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Rows (B, C, h, w) with noise of the same shape at one timestep; see `Schedule.noised`."""
+        return self.schedule.noised(clean, noise, timestep)
+
+    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
+        """One deterministic denoising step (B, C, h, w) from ``timestep`` to ``earlier``; see `Schedule.stepped`."""
+        return self.schedule.stepped(noised, prediction, timestep, earlier)
 
     # the pass
 
@@ -117,33 +122,64 @@ class Backbone(abc.ABC):
         value: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return value[:, : self.source.latent_channels]
 
-    # what steers
+    # what steers; a family that takes none of a kind leaves its methods as they are, to refuse it
 
     def controlnet(self, folder: Path, digest: str) -> Any:
-        """The stock ControlNet in a folder, loaded once for each digest."""
-        raise NotImplementedError(f"{type(self).__name__} has no ControlNets")
+        """The stock ControlNet in a folder, loaded once for each digest.
+
+        Raises:
+            BadRequestError: if the model takes none, or it does not fit the model.
+        """
+        self._refuse("ControlNets")
 
     def lora(self, path: Path, digest: str) -> str:
-        """Load the LoRA in a file once for each digest and return the name of its adapter; it stays disabled."""
-        raise NotImplementedError(f"{type(self).__name__} has no LoRAs")
+        """Load the LoRA in a file once for each digest and return the name of its adapter; it stays disabled.
+
+        Raises:
+            BadRequestError: if the model takes none, or it does not fit the model.
+        """
+        self._refuse("LoRAs")
 
     def adapted(self, loras: Sequence[tuple[str, float]]) -> contextlib.AbstractContextManager[None]:
-        """Context in which exactly these LoRAs (adapter name, scale) act."""
+        """Context in which exactly these LoRAs (adapter name, scale) act.
+
+        Raises:
+            BadRequestError: if there are some and the model takes none.
+        """
         if loras:
-            raise NotImplementedError(f"{type(self).__name__} has no LoRAs")
+            self._refuse("LoRAs")
         return contextlib.nullcontext()
 
     def ip_adapter(self, path: Path, image_encoder: Path, digest: str) -> None:
-        """Load an IP-Adapter and its image encoder, once for each digest; it does not act yet."""
-        raise NotImplementedError(f"{type(self).__name__} has no IP-Adapters")
+        """Load an IP-Adapter and its image encoder, once for each digest; it does not act yet.
+
+        Raises:
+            BadRequestError: if the model takes none, or it does not fit the model.
+        """
+        self._refuse("IP-Adapters")
 
     def looking(self, digest: str, scale: float) -> contextlib.AbstractContextManager[None]:
-        """Context in which one IP-Adapter acts."""
-        raise NotImplementedError(f"{type(self).__name__} has no IP-Adapters")
+        """Context in which one IP-Adapter acts.
+
+        Raises:
+            BadRequestError: if the model takes none.
+        """
+        self._refuse("IP-Adapters")
 
     def see(self, digest: str, image: UInt8Array | None) -> torch.Tensor:
-        """What an IP-Adapter is fed for an image, uint8 (H, W, 3), or for none: one row of ``image_embeds``."""
-        raise NotImplementedError(f"{type(self).__name__} has no IP-Adapters")
+        """What an IP-Adapter is fed for an image, uint8 (H, W, 3), or for none: one row of ``image_embeds``.
+
+        Raises:
+            BadRequestError: if the model takes none.
+        """
+        self._refuse("IP-Adapters")
+
+    def _refuse(self, what: str) -> NoReturn:
+        """Refuse what models of this family do not take; ``what`` names it in the plural."""
+        raise BadRequestError(
+            f"model {self.source.name!r} ({type(self.source).__name__}) takes no {what}",
+            hint=f"it can be steered by: {', '.join(sorted({'basic', *self.source.techniques}))}",
+        )
 
     # the end
 
@@ -155,8 +191,10 @@ class Backbone(abc.ABC):
         """Drop every module, and hand the device's memory back. The backbone cannot be used again."""
         self._closed = True
         self._drop()
-        if hasattr(self, "denoiser"):
-            del self.denoiser
+        # The table of a schedule is on the device too.
+        for name in ("denoiser", "schedule"):
+            if hasattr(self, name):
+                delattr(self, name)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

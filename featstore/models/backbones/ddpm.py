@@ -9,15 +9,13 @@ from diffusers import UNet2DModel
 
 from featstore.models.backbones.base import Backbone, Text
 from featstore.models.backbones.loading import (
-    alphas_cumprod,
+    diffusion_schedule,
     errors_about,
     freeze,
-    prediction_type,
     pretrained,
     torch_device,
     torch_dtype,
 )
-from featstore.models.backbones.schedules import ddim_step, ddpm_noised
 
 if TYPE_CHECKING:
     from featstore.models.families.ddpm import DDPM
@@ -42,16 +40,9 @@ class DDPMBackbone(Backbone):
         dtype, where = torch_dtype(compute_dtype), torch_device(device)
         weights = source.component_weights["unet"]
         with errors_about(f"model {source.name!r} in {source.folder}"):
-            self.alphas_cumprod = alphas_cumprod(source)
-            """float32 (1000,) on the CPU: the share of the signal that is left at each timestep."""
-            self.prediction_type = prediction_type(source)
+            schedule = diffusion_schedule(source, where)
             unet = pretrained(UNet2DModel, source.component_folder("unet"), weights, dtype)
-        super().__init__(source, denoiser=freeze(unet, where), device=where, dtype=dtype)
-
-    @property
-    def timesteps(self) -> int:
-        """Number of timesteps of the schedule."""
-        return len(self.alphas_cumprod)
+        super().__init__(source, denoiser=freeze(unet, where), schedule=schedule, device=where, dtype=dtype)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """The pixels themselves, in [-1, 1]; see `Backbone.encode_images`."""
@@ -60,14 +51,6 @@ class DDPMBackbone(Backbone):
     def encode_text(self, text: str, chunks: int = 1) -> Text:
         """Nothing: the model takes no text."""
         return {}
-
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
-        """See `Backbone.noised`."""
-        return ddpm_noised(clean, noise, timestep, self.alphas_cumprod)
-
-    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
-        """See `Backbone.stepped`."""
-        return ddim_step(noised, prediction, timestep, earlier, self.alphas_cumprod, self.prediction_type)
 
     def inputs(
         self, noised: torch.Tensor, timesteps: torch.Tensor, text: Text, height_px: int, width_px: int

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from featstore.errors import BadRequestError, FeatstoreError, NotFoundError
+from featstore.models.backbones.schedules import Diffusion
 from featstore.models.files import WeightFiles, read_json
 from featstore.models.quiet import quiet
 from featstore.models.source import ModelSource
@@ -89,22 +90,21 @@ def freeze(model: nn.Module, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def alphas_cumprod(source: ModelSource) -> torch.Tensor:
-    """float32 (1000,) on the CPU: the share of the signal that is left at each timestep of the model's schedule."""
-    schedule = read_json(source.component_folder("scheduler") / "scheduler_config.json", f"model {source.name!r}")
+def diffusion_schedule(source: ModelSource, device: torch.device) -> Diffusion:
+    """The schedule that a model's folder gives, its table on the device.
+
+    Raises:
+        BadRequestError: if the model predicts neither the noise nor v.
+    """
+    config = read_json(source.component_folder("scheduler") / "scheduler_config.json", f"model {source.name!r}")
     with quiet():
-        scheduler = DDPMScheduler.from_config(schedule)
-    alphas: torch.Tensor = scheduler.alphas_cumprod.to(torch.float32)
-    return alphas
-
-
-def prediction_type(source: ModelSource) -> str:
-    """What the model predicts, as its schedule says: ``epsilon`` or ``v_prediction``."""
-    schedule = read_json(source.component_folder("scheduler") / "scheduler_config.json", f"model {source.name!r}")
-    kind = schedule.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise BadRequestError(f"model {source.name!r} predicts {kind!r}; this version takes epsilon or v_prediction")
-    return str(kind)
+        scheduler = DDPMScheduler.from_config(config)
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
+        raise BadRequestError(
+            f"model {source.name!r} predicts {predicts!r}; this version takes epsilon or v_prediction"
+        )
+    return Diffusion(scheduler.alphas_cumprod.to(device, torch.float32), predicts)
 
 
 @contextlib.contextmanager

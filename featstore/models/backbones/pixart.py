@@ -10,55 +10,37 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from featstore.models.backbones.base import Text
-from featstore.models.backbones.loading import alphas_cumprod, prediction_type, pretrained_text
-from featstore.models.backbones.schedules import ddim_step, ddpm_noised
+from featstore.models.backbones.latents import LatentBackbone
+from featstore.models.backbones.loading import pretrained_text
 from featstore.models.backbones.text import clip_tokens
-from featstore.models.backbones.transformer import TransformerBackbone
+from featstore.models.backbones.transfer import to_device
 from featstore.models.families.pixart import cleaned
 from featstore.models.tokens import load_t5_tokenizer
 
 if TYPE_CHECKING:
+    from featstore.models.families.latents import LatentSource
     from featstore.models.families.pixart import PixArt
-    from featstore.models.families.transformer import LatentTransformer
 
 
-class PixArtBackbone(TransformerBackbone):
-    """Transformer, VAE encoder, T5 and noise schedule; see `TransformerBackbone`."""
+class PixArtBackbone(LatentBackbone):
+    """Transformer, VAE encoder, T5 and noise schedule; see `LatentBackbone`."""
 
     source: PixArt
+    part = "transformer"
     kind = PixArtTransformer2DModel
 
-    def __init__(self, source: PixArt, *, device: str, compute_dtype: str) -> None:
-        self.alphas_cumprod = alphas_cumprod(source)
-        """float32 (1000,) on the CPU: the share of the signal that is left at each timestep."""
-        self.prediction_type = prediction_type(source)
-        super().__init__(source, device=device, compute_dtype=compute_dtype)
-
-    def _load_text(self, source: LatentTransformer, dtype: torch.dtype) -> list[nn.Module]:
+    def _load_text(self, source: LatentSource, dtype: torch.dtype) -> list[nn.Module]:
         weights = source.component_weights["text_encoder"]
         self.tokenizer = load_t5_tokenizer(source.folder)
         return [pretrained_text(T5EncoderModel, source.folder / "text_encoder", weights, dtype)]
 
-    def _encode(self, text: str) -> Text:
+    def text_states(self, text: str, chunks: int = 1) -> Text:
         """``encoder_hidden_states`` (1, tokens, width), ``encoder_attention_mask`` (1, tokens): 0 is padding."""
         tokens = clip_tokens(self.tokenizer, cleaned(text), self.source.text_tokens)
         mask = tokens.attention_mask.to(self.device)
         (encoder,) = self.text_encoders
         embedding: torch.Tensor = encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
         return {"encoder_hidden_states": embedding.to(self.dtype), "encoder_attention_mask": mask}
-
-    @property
-    def timesteps(self) -> int:
-        """Number of timesteps of the schedule."""
-        return len(self.alphas_cumprod)
-
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
-        """See `Backbone.noised`."""
-        return ddpm_noised(clean, noise, timestep, self.alphas_cumprod)
-
-    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
-        """See `Backbone.stepped`."""
-        return ddim_step(noised, prediction, timestep, earlier, self.alphas_cumprod, self.prediction_type)
 
     def inputs(
         self, noised: torch.Tensor, timesteps: torch.Tensor, text: Text, height_px: int, width_px: int
@@ -70,7 +52,7 @@ class PixArtBackbone(TransformerBackbone):
         """
         sizes: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.source.sized:
-            rows = torch.tensor([[height_px, width_px, height_px / width_px]], device=noised.device)
+            rows = to_device(torch.tensor([[height_px, width_px, height_px / width_px]]), noised.device)
             rows = rows.to(self.dtype).expand(len(noised), 3)
             sizes = {"resolution": rows[:, :2], "aspect_ratio": rows[:, 2:]}
         return {"hidden_states": noised, "timestep": timesteps, "added_cond_kwargs": sizes, **text}

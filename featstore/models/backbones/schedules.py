@@ -5,70 +5,104 @@ Shapes: B rows, C h w channels, height and width of what is noised.
 
 from __future__ import annotations
 
+import abc
+
 import torch
 
 
-def ddpm_noised(clean: torch.Tensor, noise: torch.Tensor, timestep: int, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """``sqrt(a_t) x + sqrt(1 - a_t) noise`` (Ho et al., 2020, eq. 4), in float32, in the dtype of ``clean``.
+class Schedule(abc.ABC):
+    """How much noise each timestep stands for. All arithmetic is in float32."""
+
+    @property
+    @abc.abstractmethod
+    def timesteps(self) -> int:
+        """Number of timesteps."""
+
+    @abc.abstractmethod
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Rows with noise at one timestep, in the dtype and on the device of ``clean``.
+
+        Args:
+            clean: (B, C, h, w).
+            noise: of the same shape, standard normal.
+            timestep: 0..timesteps - 1; exactly what the denoiser is fed.
+        """
+
+    @abc.abstractmethod
+    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
+        """One deterministic denoising step from ``timestep`` to ``earlier``, in the dtype of ``noised``.
+
+        Args:
+            noised: (B, C, h, w) at ``timestep``.
+            prediction: what the denoiser returned for it, (B, C, h, w).
+            timestep: 0..timesteps - 1.
+            earlier: 0..timestep.
+        """
+
+
+class Diffusion(Schedule):
+    """A DDPM's schedule (Ho et al., 2020), stepped back along by DDIM with eta 0 (Song et al., 2021).
 
     Args:
-        clean: (B, C, h, w).
-        noise: of the same shape.
-        timestep: index into ``alphas_cumprod``; exactly what the denoiser is fed.
-        alphas_cumprod: (1000,), the cumulative products of 1 - beta.
+        alphas_cumprod: float32 (timesteps,), the share of the signal that is left: the cumulative products of 1 - beta.
+            On the device where rows are noised.
+        prediction_type: what the denoiser predicts: ``epsilon``, the noise, or ``v_prediction`` (Salimans and Ho,
+            2022).
     """
-    share = alphas_cumprod[timestep].to(device=clean.device, dtype=torch.float32)
-    noised = share.sqrt() * clean.float() + (1.0 - share).sqrt() * noise.to(clean.device, torch.float32)
-    return noised.to(clean.dtype)
+
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon") -> None:
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction_type = prediction_type
+
+    @property
+    def timesteps(self) -> int:
+        """See `Schedule.timesteps`."""
+        return len(self.alphas_cumprod)
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """``sqrt(a_t) x + sqrt(1 - a_t) noise`` (Ho et al., 2020, eq. 4); see `Schedule.noised`."""
+        share = self._share(timestep, clean.device)
+        noised = share.sqrt() * clean.float() + (1.0 - share).sqrt() * noise.to(clean.device, torch.float32)
+        return noised.to(clean.dtype)
+
+    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
+        """One DDIM step (Song et al., 2021, eq. 12); see `Schedule.stepped`."""
+        now, then = (self._share(at, noised.device) for at in (timestep, earlier))
+        x, out = noised.float(), prediction.float()
+        if self.prediction_type == "v_prediction":
+            clean = now.sqrt() * x - (1.0 - now).sqrt() * out
+            epsilon = now.sqrt() * out + (1.0 - now).sqrt() * x
+        else:
+            clean = (x - (1.0 - now).sqrt() * out) / now.sqrt()
+            epsilon = out
+        return (then.sqrt() * clean + (1.0 - then).sqrt() * epsilon).to(noised.dtype)
+
+    def _share(self, timestep: int, device: torch.device) -> torch.Tensor:
+        # A view where the table lies on that device: a number copied there would be waited for.
+        return self.alphas_cumprod[timestep].to(device=device, dtype=torch.float32)
 
 
-def ddim_step(
-    noised: torch.Tensor,
-    prediction: torch.Tensor,
-    timestep: int,
-    earlier: int,
-    alphas_cumprod: torch.Tensor,
-    prediction_type: str = "epsilon",
-) -> torch.Tensor:
-    """One DDIM step with eta 0 (Song et al., 2021, eq. 12), in float32, in the dtype of ``noised``.
+class Flow(Schedule):
+    """A rectified flow (Liu et al., 2023): timestep t stands for t / timesteps parts of noise; Euler steps back.
 
     Args:
-        noised: (B, C, h, w) at ``timestep``.
-        prediction: the model's noise or v, (B, C, h, w).
-        timestep: index into ``alphas_cumprod``.
-        earlier: index of the result.
-        alphas_cumprod: (1000,).
-        prediction_type: ``epsilon`` or ``v_prediction``.
+        timesteps: how many there are.
     """
-    now, then = (alphas_cumprod[t].to(device=noised.device, dtype=torch.float32) for t in (timestep, earlier))
-    x, out = noised.float(), prediction.float()
-    if prediction_type == "v_prediction":
-        clean = now.sqrt() * x - (1.0 - now).sqrt() * out
-        epsilon = now.sqrt() * out + (1.0 - now).sqrt() * x
-    else:
-        clean = (x - (1.0 - now).sqrt() * out) / now.sqrt()
-        epsilon = out
-    return (then.sqrt() * clean + (1.0 - then).sqrt() * epsilon).to(noised.dtype)
 
+    def __init__(self, timesteps: int) -> None:
+        self._timesteps = timesteps
 
-def flow_noised(clean: torch.Tensor, noise: torch.Tensor, level: float) -> torch.Tensor:
-    """``(1 - s) x + s noise``, a rectified flow (Liu et al., 2023, eq. 2), in float32, in the dtype of ``clean``.
+    @property
+    def timesteps(self) -> int:
+        """See `Schedule.timesteps`."""
+        return self._timesteps
 
-    Args:
-        clean: (B, C, h, w).
-        noise: of the same shape.
-        level: s, the share of the noise, in 0..1.
-    """
-    return ((1.0 - level) * clean.float() + level * noise.to(clean.device, torch.float32)).to(clean.dtype)
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """``(1 - s) x + s noise`` (Liu et al., 2023, eq. 2) with s = t / timesteps; see `Schedule.noised`."""
+        level = timestep / self.timesteps
+        return ((1.0 - level) * clean.float() + level * noise.to(clean.device, torch.float32)).to(clean.dtype)
 
-
-def flow_step(noised: torch.Tensor, prediction: torch.Tensor, level: float, earlier: float) -> torch.Tensor:
-    """One Euler step of a flow, in float32, in the dtype of ``noised``.
-
-    Args:
-        noised: (B, C, h, w) at share ``level`` of the noise.
-        prediction: the model's velocity, noise less signal, (B, C, h, w).
-        level: s, in 0..1.
-        earlier: share of the noise in the result, 0..``level``.
-    """
-    return (noised.float() + (earlier - level) * prediction.float()).to(noised.dtype)
+    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
+        """One Euler step along the predicted velocity, noise less signal; see `Schedule.stepped`."""
+        level, target = timestep / self.timesteps, earlier / self.timesteps
+        return (noised.float() + (target - level) * prediction.float()).to(noised.dtype)

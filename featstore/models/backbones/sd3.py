@@ -15,23 +15,24 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from featstore.models.adapters import Adapters
 from featstore.models.backbones.base import Text
+from featstore.models.backbones.latents import LatentBackbone
 from featstore.models.backbones.loading import pretrained_text
-from featstore.models.backbones.schedules import flow_noised, flow_step
+from featstore.models.backbones.schedules import Flow
 from featstore.models.backbones.text import clip_tokens
-from featstore.models.backbones.transformer import TransformerBackbone
 from featstore.models.families.sd3 import T5_TOKENS
 from featstore.models.families.transformer import TIMESTEPS
 from featstore.models.tokens import load_t5_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from featstore.models.families.latents import LatentSource
     from featstore.models.families.sd3 import StableDiffusion3
-    from featstore.models.families.transformer import LatentTransformer
 
 
-class StableDiffusion3Backbone(TransformerBackbone):
-    """Transformer, VAE encoder, two CLIP text encoders and a T5 or none; see `TransformerBackbone`."""
+class StableDiffusion3Backbone(LatentBackbone):
+    """Transformer, VAE encoder, two CLIP text encoders and a T5 or none; see `LatentBackbone`."""
 
     source: StableDiffusion3
+    part = "transformer"
     kind = SD3Transformer2DModel
 
     def __init__(self, source: StableDiffusion3, *, device: str, compute_dtype: str) -> None:
@@ -39,7 +40,10 @@ class StableDiffusion3Backbone(TransformerBackbone):
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         self._adapters = Adapters({"transformer": self.denoiser, **dict(zip(names, self.text_encoders, strict=False))})
 
-    def _load_text(self, source: LatentTransformer, dtype: torch.dtype) -> list[nn.Module]:
+    def _load_schedule(self, source: LatentSource, device: torch.device) -> Flow:
+        return Flow(TIMESTEPS)
+
+    def _load_text(self, source: LatentSource, dtype: torch.dtype) -> list[nn.Module]:
         names = ["text_encoder", "text_encoder_2"]
         kinds = [CLIPTextModelWithProjection, CLIPTextModelWithProjection]
         self.tokenizers = [load_tokenizer(source.folder, name) for name in ("tokenizer", "tokenizer_2")]
@@ -52,7 +56,7 @@ class StableDiffusion3Backbone(TransformerBackbone):
             for name, kind in zip(names, kinds, strict=True)
         ]
 
-    def _encode(self, text: str) -> Text:
+    def text_states(self, text: str, chunks: int = 1) -> Text:
         """``encoder_hidden_states`` (1, tokens, width), ``pooled_projections`` (1, width of both CLIPs).
 
         The hidden states before the last of each CLIP side by side, filled up with zeros to T5's width, and then, as
@@ -74,19 +78,6 @@ class StableDiffusion3Backbone(TransformerBackbone):
             t5 = self.text_encoders[2](tokens.input_ids.to(self.device))[0].to(self.dtype)
         embedding = torch.cat([clip, t5], dim=1)
         return {"encoder_hidden_states": embedding, "pooled_projections": torch.cat(pooled, dim=-1).to(self.dtype)}
-
-    @property
-    def timesteps(self) -> int:
-        """Number of timesteps of the schedule."""
-        return TIMESTEPS
-
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
-        """See `Backbone.noised`."""
-        return flow_noised(clean, noise, timestep / TIMESTEPS)
-
-    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
-        """See `Backbone.stepped`."""
-        return flow_step(noised, prediction, timestep / TIMESTEPS, earlier / TIMESTEPS)
 
     def inputs(
         self, noised: torch.Tensor, timesteps: torch.Tensor, text: Text, height_px: int, width_px: int

@@ -9,14 +9,15 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 from featstore.models.backbones.base import Text
-from featstore.models.backbones.loading import freeze, pretrained_text
+from featstore.models.backbones.loading import pretrained_text
 from featstore.models.backbones.stable_diffusion import StableDiffusionBackbone
 from featstore.models.backbones.text import clip_chunks
+from featstore.models.backbones.transfer import to_device
 from featstore.models.tokens import load_tokenizer
 
 if TYPE_CHECKING:
+    from featstore.models.families.latents import LatentSource
     from featstore.models.families.sdxl import StableDiffusionXL
-    from featstore.models.families.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXLBackbone(StableDiffusionBackbone):
@@ -26,15 +27,11 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
     # SDXL's autoencoder overflows in float16, whatever a folder's configuration says of it.
     vae_in_float32 = True
 
-    def _load_text(self, source: StableDiffusion, dtype: torch.dtype, device: torch.device) -> list[Any]:
-        second = pretrained_text(
-            CLIPTextModelWithProjection,
-            source.folder / "text_encoder_2",
-            source.component_weights["text_encoder_2"],
-            dtype,
-        )
+    def _load_text(self, source: LatentSource, dtype: torch.dtype) -> list[nn.Module]:
         self.tokenizer_2 = load_tokenizer(source.folder, "tokenizer_2")
-        return [*super()._load_text(source, dtype, device), freeze(second, device)]
+        weights = source.component_weights["text_encoder_2"]
+        second = pretrained_text(CLIPTextModelWithProjection, source.folder / "text_encoder_2", weights, dtype)
+        return [*super()._load_text(source, dtype), second]
 
     def _adaptable(self) -> dict[str, nn.Module]:
         return {**super()._adaptable(), "text_encoder_2": self.text_encoders[1]}
@@ -68,7 +65,7 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
     ) -> dict[str, Any]:
         """See `Backbone.inputs`; the image is said to be uncropped and of its own size, as the pipeline's default."""
         sizes = [height_px, width_px, 0, 0, height_px, width_px]
-        time_ids = torch.tensor([sizes], device=noised.device, dtype=noised.dtype).expand(len(noised), -1)
+        time_ids = to_device(torch.tensor([sizes], dtype=noised.dtype), noised.device).expand(len(noised), -1)
         return {
             "sample": noised,
             "timestep": timesteps,

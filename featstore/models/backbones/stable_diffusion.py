@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
 from featstore.models.adapters import Adapters
-from featstore.models.backbones.base import Backbone, Text
-from featstore.models.backbones.loading import (
-    alphas_cumprod,
-    errors_about,
-    freeze,
-    prediction_type,
-    pretrained,
-    pretrained_text,
-    torch_device,
-    torch_dtype,
-)
-from featstore.models.backbones.schedules import ddim_step, ddpm_noised
+from featstore.models.backbones.base import Text
+from featstore.models.backbones.latents import LatentBackbone
+from featstore.models.backbones.loading import freeze, pretrained, pretrained_text
+from featstore.models.backbones.schedules import Diffusion
 from featstore.models.backbones.text import clip_chunks
 from featstore.models.files import DIFFUSERS_STEM, weight_files
 from featstore.models.ip_adapters import IPAdapters
@@ -32,45 +24,23 @@ from featstore.models.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from featstore.datasets.base import UInt8Array
+    from featstore.models.families.latents import LatentSource
     from featstore.models.families.stable_diffusion import StableDiffusion
 
 
-class StableDiffusionBackbone(Backbone):
-    """UNet, VAE encoder, text encoder and noise schedule. ControlNets and LoRAs are loaded on demand, once each.
+class StableDiffusionBackbone(LatentBackbone):
+    """UNet, VAE encoder, text encoder and noise schedule; see `LatentBackbone`.
 
-    Args:
-        source: the folder.
-        device: a torch device.
-        compute_dtype: element type of the passes.
-
-    Raises:
-        BadRequestError: for a device or type that is not there, or a damaged folder.
-        NotFoundError: if weights are missing.
+    ControlNets, LoRAs and IP-Adapters are loaded on demand, once each.
     """
 
     source: StableDiffusion
-    vae_in_float32: ClassVar[bool] = False
-    """Whether the autoencoder runs in float32 even where its configuration does not ask for it."""
+    schedule: Diffusion
+    part = "unet"
+    kind = UNet2DConditionModel
 
     def __init__(self, source: StableDiffusion, *, device: str, compute_dtype: str) -> None:
-        dtype, where = torch_dtype(compute_dtype), torch_device(device)
-        folder, weights = source.folder, source.component_weights
-        with errors_about(f"model {source.name!r} in {folder}"):
-            self.alphas_cumprod = alphas_cumprod(source)
-            """float32 (1000,) on the CPU: the share of the signal that is left at each timestep."""
-            self.prediction_type = prediction_type(source)
-            # Autoencoders that say so overflow in half precision.
-            upcast = self.vae_in_float32 or source.vae_config.get("force_upcast", True)
-            vae_dtype = torch.float32 if upcast else dtype
-            vae = pretrained(AutoencoderKL, folder / "vae", weights["vae"], vae_dtype)
-            # Features need no pictures: the decoder is dropped before it ever reaches the device.
-            del vae.decoder
-            vae.post_quant_conv = None
-            unet = pretrained(UNet2DConditionModel, folder / "unet", weights["unet"], dtype)
-            self.text_encoders = self._load_text(source, dtype, where)
-        self.vae = freeze(vae, where)
-        self.unet: UNet2DConditionModel = freeze(unet, where)
-        super().__init__(source, denoiser=self.unet, device=where, dtype=dtype)
+        super().__init__(source, device=device, compute_dtype=compute_dtype)
         self._controlnets: dict[str, ControlNetModel] = {}
         self._adapters = Adapters(self._adaptable())
         self._ip_adapters = IPAdapters(self.unet)
@@ -79,49 +49,23 @@ class StableDiffusionBackbone(Backbone):
         """What a LoRA can change, by the name that its files give it."""
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
-    def _load_text(self, source: StableDiffusion, dtype: torch.dtype, device: torch.device) -> list[Any]:
-        """The text encoders, on the device; tokenizers beside them."""
-        encoder = pretrained_text(
-            CLIPTextModel, source.folder / "text_encoder", source.component_weights["text_encoder"], dtype
-        )
+    def _load_text(self, source: LatentSource, dtype: torch.dtype) -> list[nn.Module]:
         self.tokenizer = load_tokenizer(source.folder)
-        return [freeze(encoder, device)]
+        weights = source.component_weights["text_encoder"]
+        return [pretrained_text(CLIPTextModel, source.folder / "text_encoder", weights, dtype)]
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser."""
+        return self.denoiser
 
     @property
     def text_encoder(self) -> Any:
         """The first text encoder."""
         return self.text_encoders[0]
 
-    @property
-    def latent_scale(self) -> float:
-        """Factor between the VAE's latents and the UNet's."""
-        return float(self.vae.config.scaling_factor)
-
-    @property
-    def latent_shift(self) -> float:
-        """What is taken from the VAE's latents before they are scaled; 0 for Stable Diffusion."""
-        return float(self.vae.config.shift_factor or 0.0)
-
-    @property
-    def timesteps(self) -> int:
-        """Number of timesteps of the schedule."""
-        return len(self.alphas_cumprod)
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """See `Backbone.encode_images`."""
-        mean = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mean
-        scaled: torch.Tensor = (mean - self.latent_shift) * self.latent_scale
-        return scaled.to(self.dtype)
-
-    def encode_text(self, text: str, chunks: int = 1) -> Text:
-        """``encoder_hidden_states`` (1, chunks * tokens, width), as Stable Diffusion's own pipeline makes a chunk's."""
-        for encoder in self.text_encoders:
-            encoder.to(self.device)
-        with torch.inference_mode():
-            return self.text_states(text, chunks)
-
     def text_states(self, text: str, chunks: int = 1) -> Text:
-        """What `encode_text` returns, with gradients where the caller wants them; for training."""
+        """``encoder_hidden_states`` (1, chunks * tokens, width), as Stable Diffusion's own pipeline makes a chunk's."""
         encoder = self.text_encoder
         masked = getattr(encoder.config, "use_attention_mask", False)
         states = []
@@ -129,19 +73,6 @@ class StableDiffusionBackbone(Backbone):
             mask = tokens.attention_mask.to(self.device) if masked else None
             states.append(encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
         return {"encoder_hidden_states": torch.cat(states, dim=1).to(self.dtype)}
-
-    def offload_text(self) -> None:
-        """See `Backbone.offload_text`."""
-        for encoder in self.text_encoders:
-            encoder.to("cpu")
-
-    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
-        """See `Backbone.noised`."""
-        return ddpm_noised(clean, noise, timestep, self.alphas_cumprod)
-
-    def stepped(self, noised: torch.Tensor, prediction: torch.Tensor, timestep: int, earlier: int) -> torch.Tensor:
-        """See `Backbone.stepped`."""
-        return ddim_step(noised, prediction, timestep, earlier, self.alphas_cumprod, self.prediction_type)
 
     def inputs(
         self, noised: torch.Tensor, timesteps: torch.Tensor, text: Text, height_px: int, width_px: int
@@ -197,7 +128,4 @@ class StableDiffusionBackbone(Backbone):
         self._controlnets.clear()
         self._ip_adapters.clear()
         self._adapters.clear()
-        self.text_encoders.clear()
-        for name in ("unet", "vae"):
-            if hasattr(self, name):
-                delattr(self, name)
+        super()._drop()

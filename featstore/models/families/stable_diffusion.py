@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from featstore.errors import BadRequestError
-from featstore.models.files import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from featstore.models.families.latents import LatentSource
+from featstore.models.files import DIFFUSERS_STEM
 from featstore.models.layers import Tap, presets, taps
-from featstore.models.source import ModelSource
 
 if TYPE_CHECKING:
     from featstore.models.backbones.base import Backbone
@@ -24,7 +24,7 @@ _PLAIN_UNET: dict[str, Any] = {
 }
 
 
-class StableDiffusion(ModelSource):
+class StableDiffusion(LatentSource):
     """A Stable Diffusion pipeline folder (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)."""
 
     components: ClassVar = {
@@ -33,7 +33,7 @@ class StableDiffusion(ModelSource):
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": ("CLIPTokenizer",),
     }
-    weighted: ClassVar = {"unet": DIFFUSERS_STEM, "vae": DIFFUSERS_STEM, "text_encoder": TRANSFORMERS_STEM}
+    weighted: ClassVar = {"unet": DIFFUSERS_STEM, **LatentSource.weighted}
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     needed: ClassVar = {
         "unet": (
@@ -45,7 +45,7 @@ class StableDiffusion(ModelSource):
             "up_block_types",
             "cross_attention_dim",
         ),
-        "vae": ("latent_channels", "block_out_channels"),
+        **LatentSource.needed,
     }
     techniques = frozenset({"prompt", "controlnet", "lora", "ip-adapter", "cfg"})
     chunked_text = True
@@ -54,7 +54,7 @@ class StableDiffusion(ModelSource):
 
     def _read(self) -> None:
         self.unet_config = self._config("unet")
-        self.vae_config = self._config("vae")
+        super()._read()
         self._check_unet()
         # transformers leaves defaults out of config.json; 77 is CLIP's.
         self._text_tokens: int = self._config("text_encoder").get("max_position_embeddings", 77)
@@ -85,24 +85,9 @@ class StableDiffusion(ModelSource):
         return self.unet_config
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the autoencoder's latents."""
-        return int(self.vae_config["latent_channels"])
-
-    @property
-    def latent_factor(self) -> int:
-        """Image side / latent side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
-
-    @property
     def size_multiple_px(self) -> int:
         """Image sides are multiples of this, so that every level of the UNet halves evenly."""
         return int(self.latent_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
-
-    @property
-    def default_image_size_px(self) -> int:
-        """Side of the images that the model was trained on."""
-        return int(self.unet_config["sample_size"] * self.latent_factor)
 
     @functools.cached_property
     def taps(self) -> Mapping[str, Tap]:

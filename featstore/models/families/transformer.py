@@ -8,23 +8,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from featstore.errors import BadRequestError
-from featstore.models.files import DIFFUSERS_STEM, TRANSFORMERS_STEM, read_json
+from featstore.models.families.latents import LatentSource
+from featstore.models.files import DIFFUSERS_STEM, read_json
 from featstore.models.layers import Tap
-from featstore.models.source import ModelSource
 from featstore.models.transformer_layers import Transformer, presets, taps
 
 TIMESTEPS = 1000
 
 
-class LatentTransformer(ModelSource):
+class LatentTransformer(LatentSource):
     """A pipeline folder with a ``transformer`` of patches in place of a UNet, and an AutoencoderKL."""
 
-    weighted: ClassVar[Mapping[str, str]] = {
-        "transformer": DIFFUSERS_STEM,
-        "vae": DIFFUSERS_STEM,
-        "text_encoder": TRANSFORMERS_STEM,
-    }
-    needed: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    weighted: ClassVar = {"transformer": DIFFUSERS_STEM, **LatentSource.weighted}
+    needed: ClassVar = {
         "transformer": (
             "num_attention_heads",
             "attention_head_dim",
@@ -33,12 +29,12 @@ class LatentTransformer(ModelSource):
             "patch_size",
             "sample_size",
         ),
-        "vae": ("latent_channels", "block_out_channels"),
+        **LatentSource.needed,
     }
 
     def _read(self) -> None:
         self.transformer_config = self._config("transformer")
-        self.vae_config = self._config("vae")
+        super()._read()
         self.scheduler_config = read_json(
             self.component_folder("scheduler") / "scheduler_config.json", f"model {self.name!r}, scheduler"
         )
@@ -65,24 +61,9 @@ class LatentTransformer(ModelSource):
         return self.transformer_config
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the autoencoder's latents."""
-        return int(self.vae_config["latent_channels"])
-
-    @property
-    def latent_factor(self) -> int:
-        """Image side / latent side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
-
-    @property
     def size_multiple_px(self) -> int:
         """Image sides are multiples of this: whole patches of latents."""
         return int(self.latent_factor * self.transformer_config["patch_size"])
-
-    @property
-    def default_image_size_px(self) -> int:
-        """Side of the images that the model was trained on."""
-        return int(self.transformer_config["sample_size"] * self.latent_factor)
 
     @functools.cached_property
     def taps(self) -> Mapping[str, Tap]:
