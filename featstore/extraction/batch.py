@@ -14,6 +14,7 @@ import torch
 
 from featstore.extraction.conditioning import Conditioner, ImageConditions
 from featstore.extraction.controlnet import residuals
+from featstore.extraction.fixed_texts import FixedTexts
 from featstore.extraction.noise import noise
 from featstore.extraction.passes import Item, Pass, denoising
 from featstore.extraction.taps import Maps, TapSession
@@ -50,6 +51,7 @@ class Forward:
     def run(
         self,
         session: TapSession,
+        texts: FixedTexts,
         passes: Sequence[Pass],
         batch: Sequence[Item],
         latents: torch.Tensor,
@@ -60,6 +62,7 @@ class Forward:
 
         Args:
             session: of the backbone's denoiser, with the taps.
+            texts: of the denoiser and of the ControlNets that act on it.
             passes: of the rows.
             batch: the rows.
             latents: (n, C, h, w), on the backbone's device, that rows are taken from.
@@ -70,19 +73,20 @@ class Forward:
         first = passes[batch[0].index]
         steering = conditioner.steerings[first.steering]
         with torch.inference_mode(), conditioner.acting(first.steering):
-            sides = [_Side(conditioner.text(passes, batch), conditioner.looks(passes, batch, images))]
+            words = conditioner.fixed(passes, batch)
+            sides = [_Side(conditioner.text(passes, batch), words, conditioner.looks(passes, batch, images))]
             if steering.guidance is not None:
                 unseen = conditioner.looks(passes, batch, images, guided=False)
-                sides.append(_Side(conditioner.unguided(passes, batch), unseen))
+                sides.append(_Side(conditioner.unguided(passes, batch), [""] * len(batch), unseen))
             controls = conditioner.controls(passes, batch, images)
             x = self._noised(passes, batch, latents, digests)
             times = [passes[item.index].timestep for item in batch]
             if first.denoise_from is not None:
                 path = denoising(first.denoise_from, first.timestep)
                 for now, then in itertools.pairwise(path):
-                    outputs = [self._predict(x, [now] * len(batch), side, controls) for side in sides]
+                    outputs = [self._predict(texts, x, [now] * len(batch), side, controls) for side in sides]
                     x = backbone.stepped(x, _guided(outputs, steering.guidance), now, then)
-            maps = [session.run(self.latent_size, **self._inputs(x, times, side, controls)) for side in sides]
+            maps = [session.run(self.latent_size, **self._inputs(texts, x, times, side, controls)) for side in sides]
         if len(maps) == 1:
             return maps[0]
         return {
@@ -112,19 +116,30 @@ class Forward:
         return noised[0] if len(noised) == 1 else torch.cat(noised)
 
     def _inputs(
-        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
+        self,
+        texts: FixedTexts,
+        x: torch.Tensor,
+        times: Sequence[int],
+        side: _Side,
+        controls: Sequence[tuple[Any, torch.Tensor, float]],
     ) -> dict[str, Any]:
         timesteps = to_device(torch.tensor(times), x.device)
         inputs = self.backbone.inputs(x, timesteps, side.text, self._height_px, self._width_px)
+        texts.speak(inputs.get("encoder_hidden_states"), side.words)
         added = residuals(controls, inputs)
         if side.looks:
             inputs["added_cond_kwargs"] = inputs.get("added_cond_kwargs", {}) | side.looks
         return inputs | added
 
     def _predict(
-        self, x: torch.Tensor, times: Sequence[int], side: _Side, controls: Sequence[tuple[Any, torch.Tensor, float]]
+        self,
+        texts: FixedTexts,
+        x: torch.Tensor,
+        times: Sequence[int],
+        side: _Side,
+        controls: Sequence[tuple[Any, torch.Tensor, float]],
     ) -> torch.Tensor:
-        output = self.backbone.denoiser(return_dict=False, **self._inputs(x, times, side, controls))
+        output = self.backbone.denoiser(return_dict=False, **self._inputs(texts, x, times, side, controls))
         return self.backbone.prediction(output)
 
 
@@ -133,6 +148,8 @@ class _Side:
     """What the rows of a batch are steered by: under the prompt, or, for guidance, without it."""
 
     text: Text
+    words: Sequence[str | None]
+    """Fixed text of each row; None where a row has its own."""
     looks: dict[str, list[torch.Tensor]]
     """``image_embeds`` of IP-Adapters."""
 

@@ -56,6 +56,15 @@ class Conditioner:
         """What classifier-free guidance leads away from, once a row; see `Backbone.encode_unguided`."""
         return _stacked([self._text(passes[item.index].steering, None) for item in batch])
 
+    def fixed(self, passes: Sequence[Pass], batch: Sequence[Item]) -> list[str | None]:
+        """The fixed prompt of each row of a batch; None where a row has a caption of its own."""
+        return [self.steerings[passes[item.index].steering].prompt for item in batch]
+
+    def networks(self, steering: int) -> list[Any]:
+        """The denoiser and the ControlNets that act on it."""
+        refs = self.steerings[steering].controlnets
+        return [self.backbone.denoiser, *(self.backbone.controlnet(ref.folder, ref.digest) for ref in refs)]
+
     def controls(
         self, passes: Sequence[Pass], batch: Sequence[Item], images: ImageConditions
     ) -> list[tuple[Any, torch.Tensor, float]]:
