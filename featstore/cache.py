@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from featstore.whole_file import write_whole
 
 
 def cache_folder() -> Path:
@@ -42,18 +43,7 @@ def save(kind: str, identity: str, value: Any) -> bool:
     document = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial_name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".partial")
+        write_whole(path, document, durable=False)
     except (OSError, RuntimeError):
         return False
-    partial = Path(partial_name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(document)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        return False
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return True

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from featstore.errors import StorageError
 from featstore.models.trained import LORA_FILE, NOTES_FILE
 from featstore.pipelines.lora_pupil import Pupil
 from featstore.recipe import sha256_hex
+from featstore.whole_file import write_whole
 
 _TEXT_PREFIX = "text_model."
 
@@ -80,22 +79,8 @@ def write_lora(folder: Path, weights: bytes, notes: Mapping[str, Any]) -> Path:
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / NOTES_FILE, text)
-        _write(folder / LORA_FILE, weights)
+        write_whole(folder / NOTES_FILE, text)
+        write_whole(folder / LORA_FILE, weights)
     except OSError as error:
         raise StorageError(f"cannot write the LoRA to {folder}: {error}", hint="check space and permissions") from error
     return folder / LORA_FILE
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put the whole file in place at once, durably."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featstore.errors import BadRequestError, NotFoundError, StorageError
 from featstore.recipe import canonical_json, sha256_hex
+from featstore.whole_file import write_whole
 
 FILE_MAX_BYTES = 256 * 2**20
 TEXT_MAX_CHARS = 10_000
@@ -124,16 +124,10 @@ def write_document(path: Path, document: CaptionDocument) -> None:
         StorageError: if that fails.
     """
     content = json.dumps(dataclasses.asdict(document), indent=1, ensure_ascii=False)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(content + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, f"{content}\n".encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(f"captions file {path} cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 class _TwiceError(Exception):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from featstore.heads.head import HeadSpec, PixelHead
 from featstore.heads.pixels import PixelHeadConfig, PixelMembers, member_generator
 from featstore.heads.standardise import Standardise
 from featstore.recipe import canonical_json, sha256_hex
+from featstore.whole_file import write_whole
 
 FORMAT = 1
 """Version of the layout of a head file."""
@@ -86,8 +85,8 @@ def save_head(
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _WEIGHTS, weights)
-        _write(folder / _JSON, text)
+        write_whole(folder / _WEIGHTS, weights)
+        write_whole(folder / _JSON, text)
     except OSError as error:
         raise StorageError(f"cannot write the head to {folder}: {error}", hint="check space and permissions") from error
     return folder
@@ -174,17 +173,3 @@ def _read(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put the whole file in place at once, durably."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from featstore.errors import BadRequestError, StorageError
+from featstore.whole_file import write_whole
 
 
 def png_bytes(picture: npt.NDArray[np.uint8]) -> bytes:
@@ -31,26 +30,9 @@ def publish(path: Path, content: bytes) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".partial")
+        write_whole(path, content, durable=False)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", hint="name another folder") from error
-    partial = Path(partial_name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}", hint="free space or name another folder"
-            ) from error
-        raise
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", hint="free space or name another folder"
+        ) from error
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from featstore.datasets import toyhorse
 from featstore.pipelines.reference.captions import level_of
+from featstore.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,7 @@ def render_chunk(folder: Path, start: int, stop: int, seed: int) -> int:
         arrays["labels"][index] = (level, coat, background)
         captions.append([picture.caption, picture.fine_caption])
     del arrays
-    done = _done_file(folder, start)
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(captions), encoding="utf-8")
-    partial.replace(done)
+    write_whole(_done_file(folder, start), json.dumps(captions).encode(), durable=False)
     return stop - start
 
 
