@@ -7,6 +7,7 @@ The classes differ in what a handler would do, not in where they were raised::
     |-- NotFoundError        data or weights are absent: fetch them or name another place
     |   `-- NotCommittedError    features were never (or only partly) extracted: extract them
     |-- CorruptError         stored bytes fail their checksum: verify --repair, then extract
+    |   `-- ReplacedError        an object was replaced while it was read: read it again
     |-- IncompatibleError    a store or file of another format: upgrade featstore or use another store
     |-- BusyError            somebody else holds it: wait and try again
     `-- StorageError         the disk or the remote failed: free space, check access, try again
@@ -49,6 +50,10 @@ class NotCommittedError(NotFoundError):
 
 class CorruptError(FeatstoreError):
     """Stored bytes do not match their checksum, or metadata does not match its digest."""
+
+
+class ReplacedError(CorruptError):
+    """A stored object was replaced by another one while it was being read."""
 
 
 class IncompatibleError(FeatstoreError):

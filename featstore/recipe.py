@@ -16,14 +16,19 @@ from typing import Any, Self
 
 from featstore.errors import BadRequestError, IncompatibleError
 
-MEANING = 2
+MEANING = 3
 """Version of what the extraction code computes; raised whenever the same request gives other bytes.
 
 2: LoRAs are folded into the weights that they touch, no longer added to what those give.
 """
 
+IMPORTED = "imported"
+"""Scheduler of runs whose features other code computed: nobody here knows how latents were noised."""
+IMPORTED_MEANING = 0
+"""Meaning of such runs."""
+
 TRAIN_TIMESTEPS = 1000
-PRECISIONS = ("float16", "float32")
+PRECISIONS = ("float16", "float32", "int8")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 RESAMPLINGS = ("bicubic",)
 
@@ -38,6 +43,21 @@ def canonical_json(value: object) -> bytes:
         TypeError: for what JSON cannot hold.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def pca_of(components: int, sample: str) -> dict[str, Any]:
+    """What `Recipe.reduce` says of a projection onto principal components.
+
+    Args:
+        components: N, 1 or more.
+        sample: SHA-256 (hex) over the digests of the images that it was fitted on.
+
+    Raises:
+        BadRequestError: for values that cannot be.
+    """
+    if components < 1 or re.fullmatch(r"[0-9a-f]{64}", sample) is None:
+        raise BadRequestError(f"a PCA of {components} components, fitted on {sample!r}, cannot be")
+    return {"method": "pca", "components": components, "sample": sample}
 
 
 def sha256_hex(data: bytes) -> str:
@@ -92,6 +112,8 @@ class Recipe:
     """Element type of the forward pass."""
     precision: str = "float16"
     """Element type on disk."""
+    reduce: Mapping[str, Any] | None = None
+    """What channels are projected onto, as `pca_of` says; None: layers are kept whole."""
     meaning: int = MEANING
     """Version of the extraction code's meaning."""
 
@@ -108,7 +130,15 @@ class Recipe:
                 raise BadRequestError(f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}")
         if not re.fullmatch(r"[0-9a-f]{64}", self.weights_digest):
             raise BadRequestError(f"weights digest {self.weights_digest!r} is not a SHA-256")
+        if self.reduce is not None and self.reduce != pca_of(self.components, str(self.reduce.get("sample"))):
+            raise BadRequestError(f"reduce {dict(self.reduce)!r} is no PCA of a sample")
         canonical_json(self.to_json())
+
+    @property
+    def components(self) -> int:
+        """N, channels of a layer that is reduced; 0 if none is, or if ``reduce`` says no sound number."""
+        number = (self.reduce or {}).get("components")
+        return number if isinstance(number, int) and number > 0 else 0
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON; `from_json` is its inverse."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere: several workers run side by side, and OpenMP threads that
@@ -17,7 +17,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.store.s3_server import s3, s3_server  # noqa: F401 - fixtures
 from tests.tiny_models import build_tiny_reference
+
+
+@pytest.fixture
+def told(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says something about a test in the summary: what it has counted, say."""
+    return lambda text: record_property("told", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what passed tests have told; unlike standard output it comes through from other processes, too."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    lines = [(report.nodeid, text) for report in reports for name, text in report.user_properties if name == "told"]
+    if lines:
+        terminalreporter.section("counts")
+    for test, text in lines:
+        terminalreporter.write_line(f"{test}: {text}")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The two array documents of a layer, kept sound and as long as the sample table.
+"""The array documents of a layer, kept sound and as long as the sample table.
 
 featstore's own reads could do without them (a run's document says all they need), but every other
 zarr reader goes by them, so a damaged one is an error and not overlooked.
@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import CorruptError, NotFoundError
-from featstore.store import layout, metadata
+from featstore.store import layout, metadata, packing
 from featstore.store.objects import Objects
 
 Documents = tuple[tuple[str, Callable[[int], dict[str, Any]]], ...]
 """Keys, each with the function that makes its document for a number of images."""
 
 
-def documents(run: str, layer: str, shape: layout.Shape, dtype: np.dtype[Any], block_length: int) -> Documents:
-    """The array of maps and the array of committed records of a layer of the run at path ``run``."""
-    return (
-        (layout.layer_key(run, layer), lambda n: layout.layer_document(n, block_length, shape, dtype)),
-        (layout.committed_key(run, layer), lambda n: layout.committed_document(n, block_length)),
-    )
+def documents(
+    run: str, layer: str, shape: layout.Shape, dtype: np.dtype[Any], block_length: int, *, compressed: bool
+) -> Documents:
+    """The arrays of maps, of their scales if they are int8, and of committed records of a layer of ``run``, a path."""
+    codecs = packing.CODECS if compressed else layout.RAW
+    maps = (layout.layer_key(run, layer), lambda n: layout.layer_document(n, block_length, shape, dtype, codecs))
+    scales = (layout.scales_key(run, layer), lambda n: layout.scales_document(n, block_length, shape[0]))
+    committed = (layout.committed_key(run, layer), lambda n: layout.committed_document(n, block_length))
+    return (maps, scales, committed) if dtype == layout.DTYPES["int8"] else (maps, committed)
 
 
 def length(objects: Objects, key: str, make: Callable[[int], dict[str, Any]]) -> int:

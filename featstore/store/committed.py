@@ -7,7 +7,7 @@ differs from the sample table's is stale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,9 @@ def digest64(digest: str) -> int:
     return int.from_bytes(bytes.fromhex(digest)[:8], "big") or 1
 
 
-def digests64(digests: Sequence[str]) -> Record:
-    """`digest64` of each of the N ``digests``, (N,) uint64."""
-    values = np.frombuffer(bytes.fromhex("".join(digest[:16] for digest in digests)), dtype=">u8").astype(np.uint64)
+def as_records(digests: npt.NDArray[np.uint8]) -> Record:
+    """`digest64` of each of n digests, uint8 (n, 32); (n,) uint64."""
+    values = np.ascontiguousarray(digests[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
     values[values == 0] = 1
     return values
 
@@ -41,31 +41,47 @@ def read_record(objects: Objects, run: str, layer: str, block: int, block_length
     Raises:
         CorruptError: if it has another length or does not match its crc32c.
     """
+    return view_record(objects, run, layer, block, block_length).copy()
+
+
+def view_record(objects: Objects, run: str, layer: str, block: int, block_length: int) -> Record:
+    """`read_record`, read-only: the same array, while it is remembered, as long as the same bytes are read."""
     key = layout.record_key(run, layer, block)
-    length = 8 * block_length + CRC_BYTES
     try:
-        data = objects.get(key, max_bytes=length)
+        data = objects.get(key, max_bytes=8 * block_length + CRC_BYTES)
+        return _record(data, block_length)
     except NotFoundError:
         return np.zeros(block_length, dtype=np.uint64)
     except CorruptError as error:
         raise CorruptError(f"{key} is damaged: {error}", hint=REMEDY) from None
-    if len(data) != length or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
-        raise CorruptError(f"{key} is damaged: it does not match its crc32c", hint=REMEDY)
-    return np.frombuffer(data, dtype="<u8", count=block_length).astype(np.uint64)
 
 
-def write_record(objects: Objects, run: str, layer: str, block: int, record: Record) -> int:
-    """Put a block's record, durably; returns the bytes written."""
-    data = record.astype("<u8").tobytes()
-    return objects.put(layout.record_key(run, layer, block), data, checksum(data))
+@functools.lru_cache(maxsize=256)
+def _record(data: bytes, block_length: int) -> Record:
+    # The same bytes mean the same: they are read every time, and checked once.
+    if len(data) != 8 * block_length + CRC_BYTES or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise CorruptError("it does not match its crc32c")
+    record = np.frombuffer(data, dtype="<u8", count=block_length).astype(np.uint64)
+    record.flags.writeable = False
+    return record
 
 
-def read_records(objects: Objects, run: str, layer: str, n_images: int, block_length: int) -> Record:
-    """The records of all blocks of a run, (n_images,).
+def write_record(objects: Objects, run: str, layer: str, block: int, record: Record, *, settled: bool = True) -> int:
+    """Put a block's record; returns the bytes written.
 
-    Raises:
-        CorruptError: as `read_record`.
+    Args:
+        objects: where the store lies.
+        run: path of the run.
+        layer: name of the layer.
+        block: number of the block.
+        record: (block length,).
+        settled: whether it must survive a power cut; else it may turn into the one of before until `settle`.
     """
-    blocks = range(-(-n_images // block_length))
-    parts = [read_record(objects, run, layer, block, block_length) for block in blocks]
-    return np.concatenate(parts)[:n_images] if parts else np.zeros(0, dtype=np.uint64)
+    data = record.astype("<u8").tobytes()
+    put = objects.put if settled else objects.put_unsettled
+    return put(layout.record_key(run, layer, block), data, checksum(data))
+
+
+def settle(objects: Objects, run: str, layer: str) -> None:
+    """Let all records of a layer survive a power cut, whoever put them; StorageError if the disk fails."""
+    objects.settle(layout.committed_key(run, layer).rpartition("/")[0])

@@ -5,11 +5,14 @@
     <store>/zarr.json                                      group
     <store>/catalog/<dataset>~<model>~<slug>-<8 hex>~t050.json    one a run, put when it is created
     <store>/catalog.json                                   all of them, a snapshot for readers that cannot list
-    <store>/<dataset>/zarr.json                            group with the sample table
+    <store>/<dataset>/zarr.json                            group of a data set: how many images it has
+    <store>/<dataset>/samples/{key,split,digest}           its sample table, arrays of N rows
     <store>/<dataset>/<model>/zarr.json                    group
     <store>/<dataset>/<model>/<slug>-<8 hex>/zarr.json     group
     .../t050/zarr.json                                     group of a run: recipe, block length, layers
     .../t050/<layer>/zarr.json, c.<block>.0.0.0            array (image, channel, y, x), a shard a block
+    .../t050/scales/<layer>/zarr.json, c.<block>.0         array (image, channel), where maps are int8
+    .../t050/reduce/<layer>/zarr.json, c.0.0               array (row, channel): what reduced the layer's channels
     .../t050/committed/<layer>/zarr.json, c.<block>        array (image,), what exists
 
 Chunk names use the separator "." that zarr allows: one file a shard instead of a file in three
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,18 +31,30 @@ import numpy.typing as npt
 
 from featstore.errors import BadRequestError, CorruptError
 
+FORMAT = 2
+"""Version of the layout on disk; a store of another one is refused."""
 BLOCK_TARGET_BYTES = 64 << 20
 BLOCK_MAX_IMAGES = 64
 MAP_MAX_BYTES = 4 << 30
 """Size of one map beyond which a store is refused."""
 COMMITTED = "committed"
+SAMPLES = "samples"
+SCALES = "scales"
+REDUCE = "reduce"
 CATALOG = "catalog"
 CATALOG_FILE = "catalog.json"
 ROOT = "zarr.json"
-RESERVED = frozenset({COMMITTED, CATALOG, CATALOG_FILE, ROOT, "c"})
+RESERVED = frozenset({COMMITTED, SAMPLES, SCALES, REDUCE, CATALOG, CATALOG_FILE, ROOT, "c"})
 
-DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "int8": np.dtype("|i1"),
+}
 """Element types on disk by the recipe's precision."""
+
+RAW: Sequence[Mapping[str, Any]] = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
+"""Codecs of numbers as they are, little-endian, with a checksum."""
 
 Shape = tuple[int, int, int]
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,119}")
@@ -96,6 +111,31 @@ def shard_key(run: str, layer: str, block: int) -> str:
     return f"{run}/{layer}/c.{block}.0.0.0"
 
 
+def scales_key(run: str, layer: str) -> str:
+    """Key of the array document of a layer's scales."""
+    return f"{run}/{SCALES}/{layer}/zarr.json"
+
+
+def scales_shard_key(run: str, layer: str, block: int) -> str:
+    """Key of a shard of a layer's scales."""
+    return f"{run}/{SCALES}/{layer}/c.{block}.0"
+
+
+def layer_shards(run: str, layer: str, block: int, dtype: npt.DTypeLike) -> tuple[str, ...]:
+    """Keys of all that holds the images of one block of a layer, in the order in which they are written.
+
+    Whoever copies, counts or removes features goes by this; the block's record (`record_key`) comes after it.
+
+    Args:
+        run: path of the run.
+        layer: name of the layer.
+        block: number of the block.
+        dtype: element type of the maps on disk.
+    """
+    maps = shard_key(run, layer, block)
+    return (maps, scales_shard_key(run, layer, block)) if np.dtype(dtype) == DTYPES["int8"] else (maps,)
+
+
 def record_key(run: str, layer: str, block: int) -> str:
     """Key of a block's committed record in a layer."""
     return f"{run}/{COMMITTED}/{layer}/c.{block}"
@@ -116,44 +156,66 @@ def group_document(kind: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "zarr_format": 3,
         "node_type": "group",
-        "attributes": {"featstore": {"format": 1, "kind": kind, **attributes}},
+        "attributes": {"featstore": {"format": FORMAT, "kind": kind, **attributes}},
     }
 
 
-def _array_document(kind: str, shape: list[int], chunk_shape: list[int], **fields: object) -> dict[str, Any]:
+def array_document(kind: str, shape: list[int], chunk_shape: list[int], **fields: object) -> dict[str, Any]:
+    """A zarr array's document; ``fields`` are those that differ from array to array."""
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": shape,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "attributes": {"featstore": {"format": 1, "kind": kind}},
+        "attributes": {"featstore": {"format": FORMAT, "kind": kind}},
         "storage_transformers": [],
         **fields,
     }
 
 
-def layer_document(n_images: int, block: int, shape: Shape, dtype: npt.DTypeLike) -> dict[str, Any]:
+def layer_document(
+    n_images: int, block: int, shape: Shape, dtype: npt.DTypeLike, codecs: Sequence[Mapping[str, Any]] = RAW
+) -> dict[str, Any]:
     """Document of a layer's array: ``block`` images a shard, one image an inner chunk, crc32c on each.
 
-    Absent images read as NaN, never as zeros.
+    Absent images read as NaN, never as zeros; where maps are int8, NaN stands in their scales.
     """
-    raw = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [1, *shape], "codecs": raw, "index_codecs": raw, "index_location": "end"}
-    return _array_document(
-        "layer",
-        [n_images, *shape],
-        [block, *shape],
-        data_type=np.dtype(dtype).name,
-        fill_value="NaN",
+    fill = 0 if np.dtype(dtype).kind == "i" else "NaN"
+    axes = ["image", "channel", "y", "x"]
+    name = np.dtype(dtype).name
+    return _sharded_document("layer", n_images, block, shape, axes, codecs, data_type=name, fill_value=fill)
+
+
+def scales_document(n_images: int, block: int, channels: int) -> dict[str, Any]:
+    """Document of a layer's scales: float32 (image, channel), in the same blocks, NaN where an image is absent."""
+    axes = ["image", "channel"]
+    return _sharded_document(SCALES, n_images, block, (channels,), axes, RAW, data_type="float32", fill_value="NaN")
+
+
+def _sharded_document(
+    kind: str,
+    n_images: int,
+    block: int,
+    entry: tuple[int, ...],
+    axes: list[str],
+    codecs: Sequence[Mapping[str, Any]],
+    **fields: object,
+) -> dict[str, Any]:
+    sharding = {"chunk_shape": [1, *entry], "codecs": codecs, "index_codecs": RAW, "index_location": "end"}
+    return array_document(
+        kind,
+        [n_images, *entry],
+        [block, *entry],
         codecs=[{"name": "sharding_indexed", "configuration": sharding}],
-        dimension_names=["image", "channel", "y", "x"],
+        dimension_names=axes,
+        **fields,
     )
 
 
 def committed_document(n_images: int, block: int) -> dict[str, Any]:
     """Document of a layer's committed records: uint64, one chunk a block, 0 where nothing is."""
-    return _array_document(
+    return array_document(
         COMMITTED,
         [n_images],
         [block],

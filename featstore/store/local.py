@@ -1,4 +1,8 @@
-"""Objects as files below a folder of a local disk or a mounted file system."""
+"""Objects as files below a folder of a local disk or a mounted file system.
+
+Paths are plain strings here: pathlib takes longer to name a small file than the kernel to read it.
+"""
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH113, PTH116, PTH120, PTH208
 
 from __future__ import annotations
 
@@ -10,16 +14,29 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from typing_extensions import override
 
-from featstore.errors import CorruptError, NotFoundError, StorageError
-from featstore.store import partial
+from featstore.errors import CorruptError, FeatstoreError, NotFoundError, StorageError
+from featstore.store import hints, partial
 from featstore.store.objects import INTERNAL, Objects, Snapshot, check_key
 
 _LOCKS = 64
 _IOV_MAX = 1024
+_READ = os.O_RDONLY | os.O_CLOEXEC
+# Not mkstemp: a store is shared, so a file's mode follows the umask.
+_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_PIECE_BYTES = 256 << 10
+"""Bytes copied from the page cache at once: small enough to be in the second-level cache when checksummed next."""
+_WRITE_BYTES = 512 << 10
+"""Bytes handed to the kernel at once. With more it fills its cache by huge pages, which take ten times as long where a
+virtual machine's host has taken them back since they were last used."""
+_STRETCH_BYTES = 8 << 20
+"""Bytes after which the disk is asked to begin, while the next ones are copied."""
 _thread_locks = tuple(threading.Lock() for _ in range(_LOCKS))
+
+T = TypeVar("T")
 
 _HINTS = {
     errno.ENOSPC: "free space on that disk, then run the same command again: what is committed stays",
@@ -34,19 +51,26 @@ _HINTS = {
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
-def storage_error(action: str, path: Path, error: OSError) -> StorageError:
+def storage_error(action: str, path: Path | str, error: OSError) -> StorageError:
     """What the operating system refused, as an error that says what to do about it."""
     reason = error.strerror or type(error).__name__
     hint = _HINTS.get(error.errno or 0, "check that disk, then run the same command again")
     return StorageError(f"cannot {action} {str(path)!r}: {reason}", hint=hint)
 
 
+def _unopened(path: str, error: OSError) -> FeatstoreError:
+    """Why a file could not be opened for reading."""
+    return NotFoundError(f"there is no {path!r}") if error.errno in _ABSENT else storage_error("read", path, error)
+
+
 class LocalSnapshot(Snapshot):
     """A file that is open: a later put of the same key takes its name and leaves its bytes."""
 
-    def __init__(self, path: Path) -> None:
+    piece_bytes = _PIECE_BYTES
+
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(path, _READ)
         self.size_bytes = os.fstat(self._fd).st_size
 
     @override
@@ -54,25 +78,35 @@ class LocalSnapshot(Snapshot):
         os.close(self._fd)
 
     @override
+    def read(self, offset: int, length: int) -> bytes:
+        try:
+            data = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise storage_error("read", self._path, error) from error
+        return data if len(data) == length else super().read(offset, length)
+
+    @override
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        todo = [buffer for buffer in buffers if buffer.nbytes]
-        while todo:
+        todo, left = buffers, sum(map(len, buffers))
+        while left:
             try:
                 count = os.preadv(self._fd, todo[:_IOV_MAX], offset)
             except OSError as error:
                 raise storage_error("read", self._path, error) from error
             if count == 0:
-                raise CorruptError(f"{str(self._path)!r} ends at byte {offset}, before what it should hold")
+                raise CorruptError(f"{self._path!r} ends at byte {offset}, before what it should hold")
             offset += count
-            todo = _after(todo, count)
+            left -= count
+            if left:
+                todo = _after(todo, count)
 
 
-def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of ``buffers`` once ``count`` bytes of them are done."""
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of ``buffers``, plain bytes, once ``count`` of them are done."""
     for number, buffer in enumerate(buffers):
-        if count < buffer.nbytes:
+        if count < len(buffer):
             return [buffer[count:], *buffers[number + 1 :]]
-        count -= buffer.nbytes
+        count -= len(buffer)
     return []
 
 
@@ -90,18 +124,19 @@ class LocalObjects(Objects):
         super().__init__(str(root))
         self.root = root
         self.durable = durable
+        self._prefix = f"{root}/"
 
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
+    def _path(self, key: str) -> str:
+        return self._prefix + check_key(key)
 
     @override
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        return os.path.isfile(self._path(key))
 
     @override
     def size_bytes(self, key: str) -> int:
         try:
-            return self._path(key).stat().st_size
+            return os.stat(self._path(key)).st_size
         except OSError:
             return 0
 
@@ -111,15 +146,38 @@ class LocalObjects(Objects):
         try:
             return LocalSnapshot(path)
         except OSError as error:
-            if error.errno in _ABSENT:
-                raise NotFoundError(f"there is no {str(path)!r}") from None
+            raise _unopened(path, error) from None
+
+    @override
+    def read_with(self, key: str, read: Callable[[Snapshot], T]) -> T:
+        snapshot = self.open(key)  # Once is enough: an open file is never replaced.
+        try:
+            return read(snapshot)
+        finally:
+            snapshot.close()
+
+    @override
+    def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        path = self._path(key)
+        try:
+            fd = os.open(path, _READ)
+        except OSError as error:
+            raise _unopened(path, error) from None
+        try:
+            size_bytes = os.fstat(fd).st_size
+            data = os.pread(fd, size_bytes, 0) if max_bytes is None or size_bytes <= max_bytes else b""
+        except OSError as error:
             raise storage_error("read", path, error) from error
+        finally:
+            os.close(fd)
+        # Too long, more than the kernel reads at once, or made shorter meanwhile: the long way says what to make of it.
+        return data if len(data) == size_bytes else super().get(key, max_bytes=max_bytes)
 
     @override
     def names(self, folder: str) -> list[str]:
         path = self._path(folder) if folder else self.root
         try:
-            return sorted(name for name in os.listdir(path) if name != INTERNAL)  # noqa: PTH208
+            return sorted(name for name in os.listdir(path) if name != INTERNAL)
         except OSError as error:
             if error.errno in _ABSENT:
                 return []
@@ -128,6 +186,19 @@ class LocalObjects(Objects):
     @override
     def put(self, key: str, *buffers: bytes | memoryview, durable: bool = True) -> int:
         return self._put(key, buffers, os.replace, durable=durable)
+
+    @override
+    def put_unsettled(self, key: str, *buffers: bytes | memoryview) -> int:
+        return self._put(key, buffers, os.replace, settled=False)
+
+    @override
+    def settle(self, folder: str) -> None:
+        path = self._path(folder)
+        try:
+            self._sync_folder(path)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise storage_error("write", path, error) from error
 
     @override
     def put_new(self, key: str, *buffers: bytes | memoryview, durable: bool = True) -> bool:
@@ -143,43 +214,54 @@ class LocalObjects(Objects):
         self,
         key: str,
         buffers: Sequence[bytes | memoryview],
-        publish: Callable[[Path, Path], object],
+        publish: Callable[[str, str], object],
         *,
-        durable: bool,
+        durable: bool = True,
+        settled: bool = True,
     ) -> int:
         path, durable = self._path(key), durable and self.durable
-        temporary = self.root / INTERNAL / partial.new_name()
+        temporary = f"{self._prefix}{INTERNAL}/{partial.new_name()}"
+        renamed = False
         try:
             try:
-                self._make_folder(temporary.parent)
-                written = _write(temporary, buffers, durable=durable)
-                self._make_folder(path.parent)
-                publish(temporary, path)
-                if durable:
-                    self._sync_folder(path.parent)
+                written = self._with_folder(temporary, lambda: _write(temporary, buffers, durable=durable))
+                self._with_folder(path, lambda: publish(temporary, path))
+                renamed = publish is os.replace
+                if durable and settled:
+                    self._sync_folder(os.path.dirname(path))
             finally:
-                # Gone already after a rename; after a link, an error or Ctrl-C it is ours to delete.
-                with contextlib.suppress(FileNotFoundError):
-                    temporary.unlink()
+                # After a link, an error or Ctrl-C it is ours to delete.
+                if not renamed:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary)
         except FileExistsError:
             raise
         except OSError as error:
             raise storage_error("write", path, error) from error
         return written
 
-    def _make_folder(self, path: Path) -> None:
-        """Create ``path`` and what is missing above it, each one durable in its parent."""
-        if path.is_dir():
-            return
-        self._make_folder(path.parent)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-        self._sync_folder(path.parent)
+    def _with_folder(self, path: str, do: Callable[[], T]) -> T:
+        """``do``, which needs the folder that ``path`` is in; created if it turns out to be missing."""
+        try:
+            return do()
+        except FileNotFoundError:
+            self._make_folder(os.path.dirname(path))
+        return do()
 
-    def _sync_folder(self, path: Path) -> None:
+    def _make_folder(self, path: str) -> None:
+        """Create ``path`` and what is missing above it, each one durable in its parent."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        self._make_folder(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+        self._sync_folder(parent)
+
+    def _sync_folder(self, path: str) -> None:
         if not self.durable:
             return
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(path, _READ | os.O_DIRECTORY)
         try:
             os.fsync(fd)
         except OSError as error:
@@ -190,14 +272,23 @@ class LocalObjects(Objects):
             os.close(fd)
 
     @override
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, durable: bool = True) -> None:
         path = self._path(key)
         try:
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                self._sync_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            if durable:
+                with contextlib.suppress(FileNotFoundError):
+                    self._sync_folder(os.path.dirname(path))
         except OSError as error:
             raise storage_error("delete", path, error) from error
+
+    @override
+    def prune(self, folder: str) -> None:
+        for path, _, _ in os.walk(self._path(folder), topdown=False):
+            # One that somebody puts something into at this moment stays; one that is gone is created again (`_put`).
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
 
     @override
     @contextlib.contextmanager
@@ -209,11 +300,10 @@ class LocalObjects(Objects):
         locks it holds among the threads of this process.
         """
         number = zlib.crc32(name.encode()) % _LOCKS
-        path = self.root / INTERNAL / f"lock-{number:02d}"
+        path = f"{self._prefix}{INTERNAL}/lock-{number:02d}"
         with _thread_locks[number]:
             try:
-                self._make_folder(path.parent)
-                fd = _open_lock(path)
+                fd = self._with_folder(path, lambda: _open_lock(path))
             except OSError as error:
                 raise storage_error("write", path, error) from error
             try:
@@ -234,39 +324,64 @@ class LocalObjects(Objects):
         return partial.sweep(self.root / INTERNAL)
 
 
-def _open_lock(path: Path) -> int:
+def _open_lock(path: str) -> int:
     """A descriptor to lock; of a colleague's file that we may only read, that is enough."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, _READ)
 
 
-def _link(temporary: Path, path: Path) -> None:
+def _link(temporary: str, path: str) -> None:
     """Publish under a name that must be free: a link, unlike a rename, refuses one that is taken."""
     try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):
         raise
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
             raise
         # No links here (exFAT, some network file systems): an empty file claims the name first.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        temporary.replace(path)
+        os.close(os.open(path, _WRITE_NEW, 0o666))
+        os.replace(temporary, path)
 
 
-def _write(path: Path, buffers: Sequence[bytes | memoryview], *, durable: bool) -> int:
+def _write(path: str, buffers: Sequence[bytes | memoryview], *, durable: bool) -> int:
     """Write ``buffers`` to the new file ``path`` and return their length in bytes."""
     todo = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    total = sum(buffer.nbytes for buffer in todo)
-    # Not mkstemp: a store is shared, so the file's mode follows the umask.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    total = sum(map(len, todo))
+    fd = os.open(path, _WRITE_NEW, 0o666)
     try:
-        while todo:
-            todo = _after(todo, os.writev(fd, todo[:_IOV_MAX]))
+        at = begun = 0
+        for piece in _pieces(todo):
+            left = piece
+            while left:
+                count = os.writev(fd, left)
+                left = _after(left, count)
+                at += count
+            if durable and begun + _STRETCH_BYTES <= at < total:
+                hints.begin_writing_back(fd, begun, at - begun)
+                begun = at
         if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
     return total
+
+
+def _pieces(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """``buffers``, cut where `_WRITE_BYTES` are full, or as many parts as one call takes."""
+    piece: list[memoryview] = []
+    room = _WRITE_BYTES
+    for buffer in buffers:
+        at = 0
+        while at < len(buffer):
+            part = buffer[at : at + room]
+            piece.append(part)
+            at += len(part)
+            room -= len(part)
+            if not room or len(piece) == _IOV_MAX:
+                yield piece
+                piece, room = [], _WRITE_BYTES
+    if piece:
+        yield piece

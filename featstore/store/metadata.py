@@ -14,13 +14,12 @@ from typing import Any
 
 from featstore.errors import CorruptError, IncompatibleError
 from featstore.recipe import canonical_json, sha256_hex
+from featstore.store.layout import FORMAT, SAMPLES
 from featstore.store.objects import Objects
 
-FORMAT = 1
-"""Version of the layout on disk; a store of a higher one is refused."""
 DIGEST = "metadata_sha256"
-MAX_BYTES = 1 << 30
-"""Size beyond which a document is not even read; 1 GiB is a table of ten million samples."""
+MAX_BYTES = 64 << 20
+"""Size beyond which a document is not even read."""
 
 
 def _holder(document: Mapping[str, Any]) -> Any:
@@ -54,7 +53,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
 
     Raises:
         CorruptError: if it is no JSON object, or its digest is missing or differs.
-        IncompatibleError: if it is sound but of a newer format.
+        IncompatibleError: if it is sound but of another format.
     """
     try:
         document = json.loads(data)
@@ -63,14 +62,14 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     holder = _holder(document) if isinstance(document, dict) else None
     if not isinstance(holder, dict):
         raise CorruptError(f"{name} is damaged, or not featstore's: it carries no digest", hint=remedy(name))
-    newer = isinstance(version := holder.get("format"), int) and version > FORMAT
-    # A newer format may digest in another way, so only a wrong digest, not a missing one, is damage there.
-    if (DIGEST in holder or not newer) and holder.get(DIGEST) != _checked_digest(document):
+    other = isinstance(version := holder.get("format"), int) and version != FORMAT
+    # Another format may digest in another way, so only a wrong digest, not a missing one, is damage there.
+    if (DIGEST in holder or not other) and holder.get(DIGEST) != _checked_digest(document):
         raise CorruptError(f"{name} is damaged: its content does not match its digest", hint=remedy(name))
-    if newer:
+    if other:
         raise IncompatibleError(
-            f"{name} is of store format {version}; this version reads formats up to {FORMAT}",
-            hint="upgrade featstore, or use another --store",
+            f"{name} is of store format {version}; this version reads format {FORMAT}",
+            hint="use the featstore that made it, or another --store",
         )
     return dict(document)
 
@@ -90,7 +89,9 @@ def remedy(name: str) -> str:
         return "`featstore verify --repair` writes it anew from the runs"
     if depth == 0:
         return "copy zarr.json from a backup or from another store of the same version: it is the same in all of them"
-    if file == "zarr.json" and depth in (1, 4):
+    if f"/{SAMPLES}/" in name and file != "zarr.json":
+        return "`featstore verify --repair` restores it from its copy in catalog/"
+    if file == "zarr.json" and depth in (1, 4) and not folder.endswith(f"/{SAMPLES}"):
         return (
             f"`featstore verify --repair` restores it from its copy in catalog/, or delete {folder}/ and extract again"
         )

@@ -7,17 +7,21 @@ a bucket and a server are the same to it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Self
+from typing import Self, TypeVar
 
-from featstore.errors import BadRequestError, CorruptError
+from featstore.errors import BadRequestError, CorruptError, ReplacedError
 
 INTERNAL = ".featstore"
 """First level of the keys of leases, locks and unfinished files; it holds nothing that features depend on."""
 
 Extent = tuple[int, Sequence[memoryview]]
 """Offset of a stretch of an object in bytes, and the writable buffers that it fills one after the other."""
+
+_READ_TRIES = 5
+
+T = TypeVar("T")
 
 
 def check_key(key: str) -> str:
@@ -29,7 +33,9 @@ def check_key(key: str) -> str:
     Raises:
         BadRequestError: if it could lead out of the store.
     """
-    if key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+    # Every read passes here: few substrings are looked for, and names only taken apart that hold one of them.
+    suspect = "//" in key or "/." in key or "\0" in key or not key or key[0] in "/." or key[-1] == "/"
+    if suspect and ("\0" in key or any(part in ("", ".", "..") for part in key.split("/"))):
         raise BadRequestError(f"{key!r} is no name of an object in a store")
     return key
 
@@ -39,6 +45,10 @@ class Snapshot(abc.ABC):
 
     size_bytes: int
     """Length of the object."""
+    version: str | None = None
+    """What tells this state of the object from every other it ever has (a strong ETag); None where nothing does."""
+    piece_bytes: int | None = None
+    """How much is best read at once where reading is copying from memory; None where it is a request."""
 
     def __enter__(self) -> Self:
         """Itself; closed when the context is left."""
@@ -115,6 +125,24 @@ class Objects(abc.ABC):
             StorageError: if the disk or the other side fails or refuses.
         """
 
+    def read_with(self, key: str, read: Callable[[Snapshot], T]) -> T:
+        """What ``read`` makes of the object ``key``, called again where that was replaced before it was done.
+
+        A file that is open stays what it was; an object elsewhere may be replaced between two requests.
+
+        Raises:
+            NotFoundError, StorageError: as `open`.
+            ReplacedError: if it is replaced time and again.
+        """
+        for left in reversed(range(_READ_TRIES)):
+            try:
+                with self.open(key) as snapshot:
+                    return read(snapshot)
+            except ReplacedError:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """The whole object ``key``.
 
@@ -150,6 +178,18 @@ class Objects(abc.ABC):
             StorageError: if the disk or the other side fails or refuses; the old object, if any, is then untouched.
         """
 
+    def put_unsettled(self, key: str, *buffers: bytes | memoryview) -> int:
+        """`put`, but until `settle` a power cut may bring back what was there before, whole; errors of `put`."""
+        return self.put(key, *buffers)
+
+    def settle(self, folder: str) -> None:
+        """Let what `put_unsettled` put into ``folder``, by this process or others, survive a power cut.
+
+        Raises:
+            StorageError: if the disk fails.
+        """
+        return
+
     @abc.abstractmethod
     def put_new(self, key: str, *buffers: bytes | memoryview, durable: bool = True) -> bool:
         """Like `put`, but only if there is no object ``key`` yet; False if there is.
@@ -158,8 +198,17 @@ class Objects(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove the object ``key``; no error if there is none."""
+    def delete(self, key: str, *, durable: bool = True) -> None:
+        """Remove the object ``key``; no error if there is none.
+
+        Args:
+            key: name of the object.
+            durable: False where it may come back after a power cut.
+        """
+
+    def prune(self, folder: str) -> None:
+        """Remove the folder ``folder`` and folders in it as far as they are empty, where there are such things."""
+        return
 
     @abc.abstractmethod
     def lock(self, name: str) -> AbstractContextManager[None]:
@@ -168,6 +217,10 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def require_writable(self) -> None:
         """Raise StorageError if nothing could be put here, before anybody computes something to put."""
+
+    def doubt(self, key: str) -> bool:
+        """Say that what was read of ``key`` does not match its checksums; True if reading it again may help."""
+        return False
 
     def sweep(self) -> list[str]:
         """Delete what killed writers left unfinished; returns the names."""

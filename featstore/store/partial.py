@@ -52,9 +52,14 @@ def place() -> str:
 
 def started(pid: int) -> int:
     """When process ``pid`` started, in the kernel's ticks since boot; 0 where that is not known."""
-    # The second field, the command's name, may hold spaces and brackets: count from its last bracket.
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = _fields(pid)
     return int(fields[19]) if len(fields) > 19 else 0
+
+
+def _fields(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on; empty where it says nothing."""
+    # The second field, the command's name, may hold spaces and brackets: count from its last bracket.
+    return _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,14 +80,20 @@ def abandoned(name: str, age_seconds: float) -> bool:
         return False
     if match[1] != place():
         return age_seconds > FOREIGN_MAX_AGE_SECONDS
-    pid, start = int(match[2]), int(match[3])
+    return not lives(int(match[2]), int(match[3]))
+
+
+def lives(pid: int, start: int) -> bool:
+    """Whether process ``pid`` of this `place` that started at ``start`` (`started`; 0: not known) is still there."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return True
+        return False
     except PermissionError:
         pass  # It lives, under another user.
-    return start != 0 and started(pid) not in (0, start)
+    if _fields(pid)[:1] in (["Z"], ["X"]):
+        return False  # It has ended, and its parent has not asked how.
+    return start == 0 or started(pid) in (0, start)
 
 
 def sweep(folder: Path) -> list[str]:

@@ -10,15 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import BadRequestError, CorruptError, FeatstoreError, NotCommittedError, NotFoundError
-from featstore.recipe import Recipe
-from featstore.store import layout, shard
-from featstore.store.committed import REMEDY, Record, read_record
+from featstore.recipe import IMPORTED, Recipe
+from featstore.store import layout, packing, scales, shard
+from featstore.store.committed import REMEDY, Record, view_record
+from featstore.store.memory import room_for
 from featstore.store.objects import Objects
+from featstore.store.parallel import each
+from featstore.store.precision import Quantised, Scales, StoredMaps, dequantise
 
 if TYPE_CHECKING:
     import dask.array
 
 _NAMED_KEYS = 3
+_FEW = 32
 
 Rows = npt.NDArray[np.int64]
 
@@ -40,7 +44,11 @@ class LayerReader:
     shape: layout.Shape
     """(C, H, W) of a map."""
     dtype: np.dtype[Any]
-    """Element type on disk and in what is returned."""
+    """Element type of what is returned."""
+    stored_dtype: np.dtype[Any]
+    """Element type on disk."""
+    packed: bool
+    """Whether maps lie behind zstd."""
     block_length: int
     """Images in a block."""
     wanted: Record
@@ -59,28 +67,67 @@ class LayerReader:
             NotCommittedError: for rows that are absent or stale.
             CorruptError: for bytes that do not match their checksum.
         """
-        wanted_rows = check_rows(rows, self.n_images)
-        out = np.empty((len(wanted_rows), *self.shape), dtype=self.dtype)
-        blocks = wanted_rows // self.block_length
-        for block in dict.fromkeys(blocks.tolist()):
-            places = np.flatnonzero(blocks == block)
-            slots = wanted_rows[places] - block * self.block_length
-            self._read(block, slots.tolist(), [out[place] for place in places])
+        stored = self.stored(rows)
+        if not isinstance(stored, Quantised):
+            return stored
+        out = room_for((len(stored), *self.shape), self.dtype)
+        dequantise(stored, out)
         return out
+
+    def stored(self, rows: Sequence[int] | Rows) -> StoredMaps:
+        """Maps of ``rows`` as they lie on disk, which `Run.write_block` takes; errors of `rows`."""
+        # A small map is read in microseconds, and what is done beside a large one finds the processor's caches full of
+        # it: so lists of numbers, which cost less than arrays where there are few, and a short way for a single row.
+        numbers = _row_numbers(rows, len(self.wanted))
+        out = room_for((len(numbers), *self.shape), self.stored_dtype)
+        scaled = self.stored_dtype.kind == layout.DTYPES["int8"].kind
+        map_scales = np.empty((len(numbers), self.shape[0]), dtype=np.float32) if scaled else None
+        data = shard.byte_view(out)
+        if len(numbers) == 1:
+            block, slot = divmod(numbers[0], self.block_length)
+            self._read(block, [slot], [data], None if map_scales is None else [map_scales[0]])
+        else:
+            self._read_blocks(numbers, data, map_scales)
+        return out if map_scales is None else Quantised(out, map_scales)
+
+    def _read_blocks(self, numbers: Sequence[int], data: memoryview, map_scales: Scales | None) -> None:
+        """Read the rows ``numbers`` into ``data``, block by block or, where they are requests, several at once."""
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(numbers):
+            places.setdefault(row // self.block_length, []).append(place)
+        size = data.nbytes // max(1, len(numbers))
+
+        def read(block: int) -> None:
+            slots = [numbers[place] - block * self.block_length for place in places[block]]
+            targets = [data[place * size : (place + 1) * size] for place in places[block]]
+            scale_targets = None if map_scales is None else [map_scales[place] for place in places[block]]
+            self._read(block, slots, targets, scale_targets)
+
+        each(self.objects, read, sorted(places))
 
     def block(self, block: int) -> npt.NDArray[Any]:
         """All maps of a block, (images in it, C, H, W); errors of `rows`."""
         first = block * self.block_length
         return self.rows(np.arange(first, min(first + self.block_length, self.n_images)))
 
-    def _read(self, block: int, slots: list[int], targets: list[npt.NDArray[Any]]) -> None:
+    def _read(
+        self,
+        block: int,
+        slots: list[int],
+        targets: list[memoryview],
+        scale_targets: list[Scales] | None,
+        tries: int = 2,
+    ) -> None:
+        """Fill ``targets`` with the bytes of maps and, where they are int8, ``scale_targets`` with their scales."""
         before = self._require(block, slots)
         key = layout.shard_key(self.path, self.layer, block)
         failure: FeatstoreError | None = None
         try:
-            with self.objects.open(key) as snapshot:
-                index = shard.read_index(snapshot, self.block_length, targets[0].nbytes)
-                wrong = shard.read_images(snapshot, index, slots, [shard.byte_view(target) for target in targets])
+            wrong = (packing if self.packed else shard).read(self.objects, key, before, slots, targets)
+            if not wrong and scale_targets is not None:
+                key = layout.scales_shard_key(self.path, self.layer, block)
+                seals = [shard.checksum(target) for target in targets]
+                wrong = scales.read(self.objects, key, self.block_length, slots, seals, scale_targets)
             if wrong:
                 slot, reason = min(wrong.items())
                 name = self._keys([block * self.block_length + slot])
@@ -89,26 +136,30 @@ class LayerReader:
             failure = CorruptError(f"{key} is gone, though the record says it is there", hint=REMEDY)
         except CorruptError as error:
             failure = CorruptError(f"{key} is damaged: {error}", hint=REMEDY)
-        # A writer may have put another shard between our look at the record and our opening it. It
-        # uncommits the rows that change before it does (write.py), so a record that still says the same
-        # afterwards proves that the bytes are those it spoke of.
+        if failure is None:
+            return
+        # What was read is what the record spoke of: a shard says itself of which images it is. What was not is damage,
+        # unless a writer has put another shard since we looked at the record.
         after = self._record(block)
         if not np.array_equal(before[slots], after[slots]):
             self._require(block, slots)
-            self._read(block, slots, targets)  # Gone and back again within the two looks.
-        elif failure is not None:
+        elif self.objects.doubt(key) or tries > 1:
+            tries -= 1  # Rows that were gone and came back, within the two looks, fit the next time.
+        else:
             raise failure
+        self._read(block, slots, targets, scale_targets, tries)
 
     def _record(self, block: int) -> Record:
-        return read_record(self.objects, self.path, self.layer, block, self.block_length)
+        """The block's record; the very same array as long as the same bytes are on disk."""
+        return view_record(self.objects, self.path, self.layer, block, self.block_length)
 
     def _require(self, block: int, slots: list[int]) -> Record:
         """The block's record, if all of ``slots`` are valid."""
         record = self._record(block)
         first = block * self.block_length
-        wanted = self.wanted[[first + slot for slot in slots]]
-        if not np.array_equal(record[slots], wanted):
-            self._refuse([first + s for s, w in zip(slots, wanted, strict=True) if record[s] != w], record, first)
+        there, wanted = record.item, self.wanted.item
+        if wrong := [first + slot for slot in slots if there(slot) != wanted(first + slot)]:
+            self._refuse(wrong, record, first)
         return record
 
     def _refuse(self, rows: list[int], record: Record, first: int) -> None:
@@ -183,11 +234,26 @@ def _read_chosen(
 
 
 def extract_request(dataset: str, recipe: Recipe) -> str:
-    """The command line that extracts the run of ``recipe``, for hints."""
+    """The command line that extracts the run of ``recipe``, or imports it, for hints."""
+    if recipe.scheduler == IMPORTED:
+        return (
+            f"featstore import-npy FOLDER --dataset {dataset} --model {recipe.model} --technique {recipe.technique} "
+            f"--timestep {recipe.timestep}"
+        )
+    size = f" --precision {recipe.precision}" if recipe.precision != "float16" else ""
+    size += f" --reduce pca:{recipe.components}" if recipe.components else ""
     return (
         f"featstore extract --dataset {dataset} --model {recipe.model} --techniques {recipe.technique} "
-        f"--timesteps {recipe.timestep}"
+        f"--timesteps {recipe.timestep}{size}"
     )
+
+
+def _row_numbers(rows: Sequence[int] | Rows, n_images: int) -> list[int]:
+    """`check_rows` as a list; at once for a few that are whole numbers already."""
+    if type(rows) is list and len(rows) <= _FEW and all(type(row) is int and 0 <= row < n_images for row in rows):
+        return rows
+    numbers: list[int] = check_rows(rows, n_images).tolist()
+    return numbers
 
 
 def check_rows(rows: Sequence[int] | Rows, n_images: int) -> Rows:
@@ -201,7 +267,7 @@ def check_rows(rows: Sequence[int] | Rows, n_images: int) -> Rows:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise BadRequestError(f"rows of type {array.dtype} and shape {array.shape}; a list of row numbers is wanted")
-    outside = array[(array < 0) | (array >= n_images)]
-    if outside.size:
-        raise BadRequestError(f"row {int(outside[0])} is outside 0..{n_images - 1}")
-    return array.astype(np.int64)
+    outside = (array < 0) | (array >= n_images)
+    if outside.any():
+        raise BadRequestError(f"row {int(array[outside][0])} is outside 0..{n_images - 1}")
+    return array.astype(np.int64, copy=False)

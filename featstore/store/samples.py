@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from featstore.errors import BadRequestError, CorruptError
 
@@ -41,40 +39,16 @@ class SampleTable:
         """N."""
         return len(self.keys)
 
-    def to_json(self) -> dict[str, list[str]]:
-        """The table as plain JSON."""
-        return {"keys": list(self.keys), "digests": list(self.digests), "splits": list(self.splits)}
-
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], name: str) -> SampleTable:
-        """The table that `to_json` described; ``name`` is the document it came from, for messages.
+    def checked(
+        cls, keys: tuple[str, ...], digests: tuple[str, ...], splits: tuple[str, ...], name: str
+    ) -> SampleTable:
+        """The table of these columns, which come from a store; ``name`` is their place, for messages.
 
         Raises:
-            CorruptError: if it is none.
+            CorruptError: if they make none.
         """
         try:
-            columns = {column: tuple(value[column]) for column in ("keys", "digests", "splits")}
-            strings = all(isinstance(cell, str) for column in columns.values() for cell in column)
-            table = cls(**columns) if strings else None
-        except (KeyError, TypeError, BadRequestError) as error:
+            return cls(keys=keys, digests=digests, splits=splits)
+        except BadRequestError as error:
             raise CorruptError(f"{name} holds no sound sample table: {error}") from None
-        if table is None:
-            raise CorruptError(f"{name} holds no sound sample table: keys, digests and splits are strings")
-        return table
-
-    def merged(self, new: SampleTable) -> SampleTable:
-        """This table brought up to date by ``new``: rows never move and never go.
-
-        Known keys keep their row and take the new digest and split; unknown ones are appended.
-        """
-        digests, splits, keys = list(self.digests), list(self.splits), list(self.keys)
-        row_of = {key: row for row, key in enumerate(keys)}
-        for key, digest, split in zip(new.keys, new.digests, new.splits, strict=True):
-            row = row_of.get(key)
-            if row is None:
-                keys.append(key)
-                digests.append(digest)
-                splits.append(split)
-            else:
-                digests[row], splits[row] = digest, split
-        return SampleTable(keys=tuple(keys), digests=tuple(digests), splits=tuple(splits))

@@ -2,10 +2,19 @@
 
 What `committed` says is true at every moment, whatever is cut off where. The durable steps, in order:
 
-1. Rows whose record would become untrue are set to 0 in the record. These are rows that hold another
+1. Rows whose record would become untrue are set to 0 in the record, the snapshot of complete blocks
+   withdrawn before (`featstore.store.completeness`). These are rows that hold another
    image's features (stale) or broken bytes, and are about to be replaced or dropped.
-2. The shard is put: temporary file, fsync, rename, fsync of the folder.
-3. The record is put, in the same way, with the digests of what the shard now holds.
+2. The shard is put: temporary file, fsync, rename, fsync of the folder. That of the scales, where maps
+   are int8, follows in the same way.
+3. The record is put with the digests of what the shard now holds: temporary file, fsync, rename. The folder
+   is synced later (`Objects.settle`).
+
+Why that may wait: until then a power cut may undo the rename, and it undoes it whole, as the bytes of the new
+record were durable before. The record is then the one of before step 3: it names fewer rows than the shard
+holds, and none that it does not, because step 1 does sync the folder before the shard is touched. So a block
+may be computed again, and nothing is ever wrong. What says that blocks are complete without looking at
+their records (`featstore.store.completeness`) syncs the folders before it is written.
 
 Cut before 1: nothing happened. Between 1 and 2: some rows that nobody could read are now absent.
 Between 2 and 3: the shard holds rows that the record calls absent, which are never read; every row
@@ -32,9 +41,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import CorruptError, NotFoundError
-from featstore.store import layout, shard
+from featstore.store import completeness, layout, packing, scales, shard
 from featstore.store.committed import REMEDY, Record, read_record, write_record
 from featstore.store.objects import Objects
+from featstore.store.precision import Scales
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +58,8 @@ def write_layer_block(
     wanted: Record,
     maps: Mapping[int, npt.NDArray[Any]],
     image_bytes: int,
+    map_scales: Mapping[int, Scales] | None = None,
+    packed: bool = False,
 ) -> int:
     """Merge ``maps`` into a block of a layer and commit them.
 
@@ -59,6 +71,8 @@ def write_layer_block(
         wanted: (block length,) digests of the images that the rows of this block stand for now.
         maps: new maps by place in the block, each C-contiguous (C, H, W) in the layer's dtype.
         image_bytes: bytes of one map.
+        map_scales: (C,) of each of ``maps``, where the layer is int8.
+        packed: whether maps lie behind zstd.
 
     Returns:
         Bytes written; 0 if every one of ``maps`` was committed and sound already.
@@ -69,48 +83,84 @@ def write_layer_block(
     """
     with objects.lock(f"{run}/{layer}/{block}"):
         record = read_record(objects, run, layer, block, len(wanted))
-        old, wrong = _read_old(objects, layout.shard_key(run, layer, block), record, image_bytes)
+        shard_key = layout.shard_key(run, layer, block)
+        images, seals, wrong = _read_old(objects, shard_key, record, image_bytes, packed=packed)
+        kept: dict[int, Scales] = {}
+        if map_scales:
+            scales_key = layout.scales_shard_key(run, layer, block)
+            channels = len(next(iter(map_scales.values())))
+            seals = seals or {slot: shard.checksum(image) for slot, image in images.items()}
+            kept = _read_scales(objects, scales_key, len(record), channels, seals, wrong)
+            images = {slot: images[slot] for slot in kept}
         broken = [slot for slot in wrong if slot not in maps and record[slot] == wanted[slot]]
         if broken:
-            key = layout.shard_key(run, layer, block)
-            raise CorruptError(f"{key} is damaged: place {broken[0]} of the block: {wrong[broken[0]]}", hint=REMEDY)
+            raise CorruptError(
+                f"{shard_key} is damaged: place {broken[0]} of the block: {wrong[broken[0]]}", hint=REMEDY
+            )
         # Rows of an earlier state of an image stay where they are sound: they are true, and valid
         # again should the image come back.
-        images = {slot: shard.byte_view(old[slot]) for slot in old}
-        after = np.where([slot in old for slot in range(len(record))], record, np.uint64(0))
-        fresh = [slot for slot in maps if slot not in old or record[slot] != wanted[slot]]
+        fresh = [slot for slot in maps if slot not in images or record[slot] != wanted[slot]]
         if not fresh:
             return 0
+        after = np.zeros_like(record)
+        after[list(images)] = record[list(images)]
+        after[fresh] = wanted[fresh]
         for slot in fresh:
-            images[slot] = shard.byte_view(maps[slot])
-            after[slot] = wanted[slot]
-        untrue = (record != 0) & (record != after) | np.isin(np.arange(len(record)), list(wrong))
+            image = shard.byte_view(maps[slot])
+            images[slot] = packing.pack(image) if packed else image
+            if packed or map_scales:
+                seals[slot] = shard.checksum(image)
+        untrue = (record != 0) & (record != after)
+        untrue[list(wrong)] = True
         if wrong:
             _log.warning("%s/%s block %d: %d broken rows are replaced or dropped", run, layer, block, len(wrong))
         written = 0
         if untrue.any():
-            written += write_record(objects, run, layer, block, np.where(untrue, np.uint64(0), record))
-        written += objects.put(layout.shard_key(run, layer, block), *shard.encode(images, len(record)))
-        return written + write_record(objects, run, layer, block, after)
+            with completeness.withdrawn(objects, run):
+                written += write_record(objects, run, layer, block, np.where(untrue, np.uint64(0), record))
+        encoded = packing.encode(images, seals, after, shard_key) if packed else shard.encode(images, after, shard_key)
+        written += objects.put(shard_key, *encoded)
+        if map_scales:
+            kept |= {slot: map_scales[slot] for slot in fresh}
+            written += objects.put(scales_key, *scales.encode(kept, seals, len(record)))
+        return written + write_record(objects, run, layer, block, after, settled=False)
 
 
 def _read_old(
-    objects: Objects, key: str, record: Record, image_bytes: int
-) -> tuple[dict[int, npt.NDArray[np.uint8]], dict[int, str]]:
-    """The committed rows of a shard that are sound, and what is wrong with the others, by place."""
+    objects: Objects, key: str, record: Record, image_bytes: int, *, packed: bool
+) -> tuple[dict[int, memoryview], dict[int, bytes], dict[int, str]]:
+    """The committed rows of a shard that are sound, as they lie there, and what is wrong with the others, by place.
+
+    Of packed rows the crc32c of their maps come with them.
+    """
     slots = np.flatnonzero(record).tolist()
     if not slots:
-        return {}, {}
-    rows = np.empty((len(slots), image_bytes), dtype=np.uint8)
+        return {}, {}, {}
     try:
-        with objects.open(key) as snapshot:
-            index = shard.read_index(snapshot, len(record), image_bytes)
-            wrong = shard.read_images(snapshot, index, slots, [shard.byte_view(row) for row in rows])
+        if packed:
+            return packing.read_packed(objects, key, record, slots)
+        rows = np.empty((len(slots), image_bytes), dtype=np.uint8)
+        wrong = shard.read(objects, key, record, slots, [shard.byte_view(row) for row in rows])
     except NotFoundError:
-        wrong = dict.fromkeys(slots, "its shard is gone")
+        return {}, {}, dict.fromkeys(slots, "its shard is gone")
     except CorruptError as error:
-        wrong = dict.fromkeys(slots, str(error))
-    return {slot: row for slot, row in zip(slots, rows, strict=True) if slot not in wrong}, wrong
+        return {}, {}, dict.fromkeys(slots, str(error))
+    return {s: shard.byte_view(row) for s, row in zip(slots, rows, strict=True) if s not in wrong}, {}, wrong
+
+
+def _read_scales(
+    objects: Objects,
+    key: str,
+    block_length: int,
+    channels: int,
+    seals: Mapping[int, bytes],
+    wrong: dict[int, str],
+) -> dict[int, Scales]:
+    """The scales of the rows whose maps have the crc32c ``seals``; rows that have none are entered in ``wrong``."""
+    kept = {slot: np.empty(channels, dtype=np.float32) for slot in seals}
+    found = scales.read(objects, key, block_length, list(seals), list(seals.values()), list(kept.values()))
+    wrong.update(found)
+    return {slot: row for slot, row in kept.items() if slot not in found}
 
 
 def uncommit(
@@ -136,4 +186,5 @@ def uncommit(
         for slot, value in (doomed or {}).items():
             if int(record[slot]) == value:
                 record[slot] = 0
-        write_record(objects, run, layer, block, record)
+        with completeness.withdrawn(objects, run):
+            write_record(objects, run, layer, block, record)

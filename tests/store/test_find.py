@@ -32,7 +32,7 @@ def test_a_table_only_ever_grows(tmp_path, lab):
     assert dataset.samples.digests == (lab.digest(0), lab.digest(1, 1), lab.digest(2))
     assert dataset.samples.splits == ("train", "val", "test")
     assert dataset.row_of == {"a": 0, "b": 1, "c": 2}
-    assert fs.open(tmp_path / "s").dataset("d").samples == dataset.samples
+    assert fs.open(tmp_path / "s").dataset("d").samples.table() == dataset.samples.table()
 
 
 def test_another_data_set_of_the_same_name_is_refused(tmp_path, lab):
@@ -81,7 +81,7 @@ def test_changed_images_are_recomputed_alone(tmp_path, lab):
     for layer in lab.LAYERS:
         a, b = run.numpy(layer, range(100)), lab.maps_of(run, range(100), layer)
         assert a.tobytes() == b.tobytes()
-    assert lab.files(tmp_path / "s").keys() == lab.files(tmp_path / "fresh").keys() | {"catalog.json"}
+    assert lab.files(tmp_path / "s").keys() == lab.files(tmp_path / "fresh").keys()
 
 
 @pytest.fixture
@@ -159,11 +159,10 @@ def test_catalog_snapshot_tells_a_reader_that_cannot_list(tmp_path, lab):
     assert document["runs"][0]["layers"] == {layer: list(shape) for layer, shape in lab.LAYERS.items()}
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "http://host/x", "memory://x", "file://host/x"])
-def test_schemes_that_are_not_supported(url):
+def test_a_folder_of_another_machine():
     for function in (fs.open, fs.create):
-        with pytest.raises(BadRequestError, match="supported are local paths"):
-            function(url)
+        with pytest.raises(BadRequestError, match="no folder of this machine"):
+            function("file://host/x")
 
 
 def test_urls_of_one_folder(tmp_path, lab, monkeypatch):
@@ -186,15 +185,15 @@ def test_a_newer_format_is_refused_before_anything_is_written(tmp_path, lab):
     lab.full(tmp_path / "s", 3)
     path = tmp_path / "s" / "zarr.json"
     document = json.loads(path.read_bytes())
-    document["attributes"]["featstore"]["format"] = 2
+    document["attributes"]["featstore"]["format"] = 3
     for data in (
         metadata.seal(document),
-        json.dumps({**document, "attributes": {"featstore": {"format": 2}}}).encode(),
+        json.dumps({**document, "attributes": {"featstore": {"format": 3}}}).encode(),
     ):
         path.write_bytes(data)
         before = lab.files(tmp_path / "s")
         for function in (fs.open, fs.create):
-            with pytest.raises(IncompatibleError, match="format 2; this version reads formats up to 1"):
+            with pytest.raises(IncompatibleError, match="of store format 3; this version reads format 2"):
                 function(tmp_path / "s")
         assert lab.files(tmp_path / "s") == before
 
@@ -239,17 +238,6 @@ def test_a_hostile_run_is_refused(tmp_path, lab, change):
     path.write_bytes(metadata.seal(document))
     with pytest.raises((CorruptError, IncompatibleError)):
         fs.open(tmp_path / "s").dataset("toy").find(lab.recipe())
-
-
-@pytest.mark.parametrize("samples", [None, 5, [], {"keys": 5}, {"keys": [1], "digests": ["0" * 64], "splits": ["x"]}])
-def test_a_hostile_table_is_refused(tmp_path, lab, samples):
-    lab.start(tmp_path / "s", 3)
-    path = tmp_path / "s" / "toy" / "zarr.json"
-    document = json.loads(path.read_bytes())
-    document["attributes"]["featstore"]["samples"] = samples
-    path.write_bytes(metadata.seal(document))
-    with pytest.raises(CorruptError):
-        fs.open(tmp_path / "s").dataset("toy")
 
 
 def test_hostile_names_in_the_catalog_are_passed_over(tmp_path, lab):

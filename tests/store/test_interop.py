@@ -73,7 +73,10 @@ def test_shard_is_what_zarr_python_itself_would_write(tmp_path, lab):
     # Our shape is (10,) and the shard has room for 64: zarr-python writes absent ones as gaps, too.
     zarr.open_array(theirs, mode="r+")[:] = expected(lab, 10, "up1")
     assert with_tensorstore(theirs).read().result().tobytes() == expected(lab, 10, "up1").tobytes()
-    assert (theirs / "c.0.0.0.0").stat().st_size == (ours / "c.0.0.0.0").stat().st_size
+    their_bytes, our_bytes = ((folder / "c.0.0.0.0").read_bytes() for folder in (theirs, ours))
+    images, index, label = 10 * (96 + 4), 64 * 16 + 4, 64 * 8 + 8 + 4
+    assert our_bytes[:images] + our_bytes[images + label :] == their_bytes
+    assert len(their_bytes) == images + index
 
 
 def test_groups_open_without_a_warning_and_say_what_they_are(tmp_path, lab):
@@ -84,14 +87,49 @@ def test_groups_open_without_a_warning_and_say_what_they_are(tmp_path, lab):
         arrays = {name for name, node in dataset.members(max_depth=None) if isinstance(node, zarr.Array)}
     below = run.path.removeprefix("toy/")
     layers = lab.LAYERS
-    assert arrays == {f"{below}/{x}" for x in layers} | {f"{below}/committed/{x}" for x in layers}
+    table = {f"samples/{column}" for column in ("key", "split", "digest")}
+    assert arrays == {f"{below}/{x}" for x in layers} | {f"{below}/committed/{x}" for x in layers} | table
     own = zarr.open_group(tmp_path / "s" / run.path, mode="r").attrs["featstore"]
     assert own["recipe"] == run.recipe.to_json()
     assert own["fingerprint"] == run.fingerprint
     assert (own["block_length"], own["batch_size"]) == (64, 8)
     assert own["provenance"] == [{"who": "a test", "layers": sorted(layers)}]
-    assert dataset.attrs["featstore"]["samples"]["keys"][4] == "img0004"
-    assert dataset.attrs["featstore"]["samples"]["digests"][4] == lab.digest(4)
+    assert dataset.attrs["featstore"]["images"] == 5
+
+
+@pytest.mark.parametrize("n", [1, 100, 5000])
+def test_the_sample_table_opens_without_featstore(tmp_path, lab, n):
+    """Parts of 4,096 rows; tensorstore has no strings, so it reads the digests alone."""
+    fs.create(tmp_path / "s").put_samples("toy", lab.table(n), source="made up")
+    folder, want = tmp_path / "s" / "toy" / "samples", lab.table(n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(folder, mode="r")
+        keys, splits, digests = (group[column][:] for column in ("key", "split", "digest"))
+    assert tuple(keys) == want.keys
+    assert tuple(splits) == want.splits
+    assert digests.shape == (n, 32)
+    assert tuple(bytes(row).hex() for row in digests) == want.digests
+    np.testing.assert_array_equal(with_tensorstore(folder / "digest").read().result(), digests)
+    assert group["digest"].metadata.dimension_names == ("image", "byte")
+    assert group["key"].chunks == (4096,)
+    for column in ("key", "split"):
+        with pytest.raises(ValueError, match="string"):
+            with_tensorstore(folder / column)
+
+
+def test_int8_layers_open_without_featstore(tmp_path, lab):
+    """Maps times scales are what the reader gives; bases of reduced layers are opened in test_basis.py."""
+    rows = range(70)
+    _, run = lab.full(tmp_path / "s", 70, precision="int8")
+    below = tmp_path / "s" / run.path
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps, scales = (zarr.open_array(below / x, mode="r")[:] for x in ("up1", "scales/up1"))
+    np.testing.assert_array_equal(with_tensorstore(below / "scales" / "up1").read().result(), scales)
+    np.testing.assert_array_equal(with_tensorstore(below / "up1").read().result(), maps)
+    values = (maps * scales[:, :, None, None].astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(values, run.numpy("up1", rows))
 
 
 def test_path_follows_the_recipe(tmp_path, lab):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 import featstore.store as fs
-from featstore.errors import BadRequestError, NotCommittedError, NotFoundError
+from featstore.errors import BadRequestError, CorruptError, NotCommittedError, NotFoundError
+from featstore.store.local import LocalObjects, LocalSnapshot
 
 
 @pytest.fixture
@@ -167,3 +170,94 @@ def test_chosen_rows_are_lazy_and_need_no_neighbours(tmp_path, lab):
         run.lazy(layer, chosen).compute()
     with pytest.raises(BadRequestError, match="100 rows"):
         run.lazy(layer, chosen[:50])
+
+
+IMAGE = 3 * 4 * 4 * 2 + 4
+"""Bytes of a map of ``up1`` with its checksum."""
+
+
+@pytest.mark.parametrize(
+    ("file", "at"),
+    [
+        ("up1/c.0.0.0.0", 5 * IMAGE + 17),
+        ("up1/c.0.0.0.0", 6 * IMAGE - 1),  # the map's checksum
+        ("up1/c.0.0.0.0", -4 - 16 * 64 + 16 * 5 + 2),  # its offset
+        ("up1/c.0.0.0.0", -1),  # the checksum of the offsets
+        ("committed/up1/c.0", 5 * 8),
+        ("committed/up1/c.0", -2),
+    ],
+)
+def test_a_reader_that_lives_long_finds_a_bit_that_flips_later(filled, tmp_path, file, at):
+    run, want = filled
+    np.testing.assert_array_equal(run.numpy("up1", [5]), want["up1"][[5]])
+    path = tmp_path / "s" / run.path / file
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 8
+    with path.open("r+b") as disk:
+        disk.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # A bit that rots tells nobody when.
+    with pytest.raises(CorruptError, match="damaged"):
+        run.numpy("up1", [5])
+    data[at] ^= 8
+    path.write_bytes(data)
+    np.testing.assert_array_equal(run.numpy("up1", [5]), want["up1"][[5]])
+
+
+WIDE = (3, 300, 301)
+WIDE_BYTES = 3 * 300 * 301 * 2
+
+
+@pytest.fixture
+def wide(tmp_path, lab):
+    """A run of maps that are read in several pieces, the last of them short."""
+    _, run = lab.start(tmp_path / "s", 5, layers={"wide": WIDE})
+    values = np.random.default_rng(0).standard_normal((5, *WIDE)).astype(np.float16)
+    run.write_block(0, range(5), {"wide": values})
+    assert 2 * LocalSnapshot.piece_bytes < WIDE_BYTES < 3 * LocalSnapshot.piece_bytes
+    return run, values
+
+
+def test_large_maps_are_read_in_pieces(wide):
+    run, values = wide
+    np.testing.assert_array_equal(run.numpy("wide", [3, 0, 4, 3]), values[[3, 0, 4, 3]])
+    np.testing.assert_array_equal(run["wide"].compute(scheduler="sync"), values)
+
+
+@pytest.mark.parametrize(
+    "at", [0, LocalSnapshot.piece_bytes - 1, LocalSnapshot.piece_bytes, WIDE_BYTES - 1, WIDE_BYTES]
+)
+def test_a_bit_flipped_in_any_piece_is_found(wide, tmp_path, at):
+    run, values = wide
+    path = tmp_path / "s" / run.path / "wide" / "c.0.0.0.0"
+    data = bytearray(path.read_bytes())
+    data[2 * (WIDE_BYTES + 4) + at] ^= 1
+    path.write_bytes(data)
+    for rows in ([2], [1, 2, 3]):
+        with pytest.raises(CorruptError, match=r"'img0002'.*crc32c"):
+            run.numpy("wide", rows)
+    np.testing.assert_array_equal(run.numpy("wide", [1, 3]), values[[1, 3]])
+
+
+def test_where_reads_are_requests_a_block_is_one(filled):
+    """Images that lie one after the other are one extent, and all extents go out together."""
+    run, want = filled
+    asked = []
+
+    class Requests(LocalSnapshot):
+        piece_bytes = None
+
+        def read_many(self, extents):
+            asked.append(len(extents))
+            super().read_many(extents)
+
+    class Far(LocalObjects):
+        def open(self, key):
+            return Requests(str(self.root / key))
+
+    reader = run.reader("up1")
+    far = dataclasses.replace(reader, objects=Far(reader.objects.root))
+    rows = [*range(10, 20), 3, 40, 41]
+    np.testing.assert_array_equal(far.rows(rows), want["up1"][rows])
+    np.testing.assert_array_equal(far.rows(range(150)), want["up1"])
+    assert asked == [3, 1, 1, 1]

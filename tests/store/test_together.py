@@ -28,7 +28,7 @@ def test_threads_write_different_blocks_and_runs_and_the_same_block(tmp_path, la
     maps = [{layer: lab.maps_of(run, rows, layer) for layer in lab.LAYERS} for run, _, rows in jobs]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda job, m: job[0].write_block(job[1], job[2], m), jobs, maps))
-    fs.create(tmp_path / "s").finish()
+    fs.create(tmp_path / "s").finish(runs)
     for run in runs:
         assert run.valid(list(lab.LAYERS)).all()
     lab.full(tmp_path / "want", n, timestep=0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import featstore.store as fs
 from featstore.errors import BadRequestError, CorruptError, IncompatibleError, NotCommittedError, StorageError
-from featstore.store import layout
+from featstore.store import hints, layout
+from featstore.store.local import LocalObjects
 
 
 def one_layer(rows, value=1.0, shape=(3, 4, 4)):
@@ -33,7 +37,7 @@ def test_rows_written_in_pieces_equal_a_block_written_at_once(tmp_path, lab):
     lab.fill(run, rows=range(90, 100))
     lab.fill(run, rows=range(0, 100, 3))
     lab.fill(run, piece=7)
-    fs.create(tmp_path / "b").finish()
+    fs.create(tmp_path / "b").finish([run])
     assert lab.files(tmp_path / "a") == lab.files(tmp_path / "b")
 
 
@@ -52,8 +56,9 @@ def test_valid_rows_stay_byte_for_byte_even_when_brought_again(tmp_path, lab):
 def test_bytes_written_are_those_on_disk(tmp_path, lab):
     _, run = lab.start(tmp_path / "s", 10, layers={"up1": (3, 4, 4)})
     written = run.write_block(0, range(10), one_layer(range(10)))
-    # 10 maps of 48 float16 and a crc32c each, the index of 64 pairs, and the record of 64 numbers.
-    assert written == 10 * (96 + 4) + (64 * 16 + 4) + (64 * 8 + 4)
+    # 10 maps of 48 float16 and a crc32c each, the label of 64 numbers and the shard's place, the index of 64 pairs, and
+    # the record of 64 numbers.
+    assert written == 10 * (96 + 4) + (64 * 8 + 8 + 4) + (64 * 16 + 4) + (64 * 8 + 4)
     assert run.layer_bytes("up1") == written - (64 * 8 + 4)
 
 
@@ -177,3 +182,63 @@ def test_model_names_cannot_leave_the_store(tmp_path, lab):
     with pytest.raises(BadRequestError, match="cannot be a name"):
         lab.start(tmp_path / "s", 3, model="..")
     assert not (tmp_path / "s" / "toy" / "..-").exists()
+
+
+def test_the_shard_is_durable_before_the_record_and_the_record_before_what_relies_on_it(tmp_path, lab, monkeypatch):
+    _, run = lab.start(tmp_path / "s", 10, layers={"up1": (3, 4, 4)})
+    run.valid(["up1"])
+    steps = []
+    names = {}
+
+    def name(path):
+        return str(path).removeprefix(f"{tmp_path}/s/").replace(run.path, "RUN")
+
+    def fsync(fd, original=os.fsync):
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        original(fd)
+        steps.append(("sync", path if path.endswith(".partial") else name(path)))
+
+    def replace(source, target, original=os.replace):
+        original(source, target)
+        names[os.fspath(source)] = name(target)
+        steps.append(("name", name(target)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    run.write_block(0, range(10), one_layer(range(10)))
+    shard, record = "RUN/up1/c.0.0.0.0", "RUN/committed/up1/c.0"
+    # Each file's bytes before its name, the shard's name before the record's bytes; the record's name may come late.
+    assert [(step, names.get(path, path)) for step, path in steps] == [
+        ("sync", shard),
+        ("name", shard),
+        ("sync", "RUN/up1"),
+        ("sync", record),
+        ("name", record),
+    ]
+    steps.clear()
+    run.dataset.objects.settle(f"{run.path}/committed/up1")
+    fs.create(tmp_path / "s").finish([run])
+    order = [(step, names.get(path, path)) for step, path in steps]
+    complete = next(place for place, (step, path) in enumerate(order) if step == "name" and "complete" in path)
+    assert ("sync", "RUN/committed/up1") in order[1:complete]
+
+
+def test_hints_to_the_kernel_change_no_bytes(tmp_path, monkeypatch):
+    pieces = [os.urandom(3 << 20) for _ in range(9)] + [b"end"]
+    asked = []
+    begin = hints.begin_writing_back
+
+    def noted(fd, offset, length):
+        asked.append((offset, length))
+        begin(fd, offset, length)
+
+    monkeypatch.setattr(hints, "begin_writing_back", noted)
+    objects = LocalObjects(tmp_path)
+    objects.put("a", *pieces)
+    assert objects.get("a") == b"".join(pieces)
+    assert asked == [(part * (8 << 20), 8 << 20) for part in range(3)]
+    monkeypatch.setattr(hints, "_sync_file_range", None)
+    objects.put("b", *pieces)
+    assert objects.get("b") == b"".join(pieces)
+    LocalObjects(tmp_path, durable=False).put("c", *pieces)
+    assert len(asked) == 6

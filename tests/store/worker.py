@@ -6,6 +6,7 @@ writer in a process of its own, without the half second that a new interpreter w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,9 +20,11 @@ from pathlib import Path
 import numpy as np
 
 import featstore.store as fs
-from featstore.errors import FeatstoreError
+from featstore.errors import FeatstoreError, NotFoundError
 from featstore.recipe import Recipe
 from featstore.store.committed import digest64
+from featstore.store.precision import encoded
+from featstore.store.transfer import plan_transfer, transfer
 
 LAYERS = {"up1": (3, 4, 4), "attn-up-cross-2": (2, 8, 8)}
 DATASET = "toy"
@@ -60,7 +63,8 @@ def map_of(value, layer, dtype=np.float16, layers=LAYERS):
 
 def maps_of(run, rows, layer, layers=LAYERS):
     digests = run.dataset.samples.digests
-    return np.stack([map_of(digest64(digests[row]), layer, run.layers[layer].dtype, layers) for row in rows])
+    floats = np.stack([map_of(digest64(digests[row]), layer, np.float32, layers) for row in rows])
+    return encoded(floats, run.recipe.precision)
 
 
 def start(url, n=100, changed=(), layers=LAYERS, **changes):
@@ -84,15 +88,23 @@ def fill(run, piece=64, rows=None):
 def full(url, n=100, **options):
     store, run = start(url, n, **options)
     fill(run)
-    store.finish()
+    store.finish([run])
     return store, run
 
 
 def files(url):
-    """Bytes of every file of a store but its locks."""
+    """Bytes of every file of a store but its locks and marks; a note of complete blocks without the mark in it."""
     root = Path(url)
     found = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(p.relative_to(root)): p.read_bytes() for p in found if not p.name.startswith("lock-")}
+    found = {str(p.relative_to(root)): p.read_bytes() for p in found if not p.name.startswith("lock-")}
+    return {name: _blocks(name, data) for name, data in found.items() if not name.endswith(".mark")}
+
+
+def _blocks(name, data):
+    if name.endswith(".complete"):
+        with contextlib.suppress(ValueError, KeyError):
+            return json.dumps(json.loads(data)["blocks"]).encode()
+    return data
 
 
 def die_at(step):
@@ -124,15 +136,32 @@ def do(job):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit_bytes"], resource.RLIM_INFINITY))
     begin = time.perf_counter()
     try:
+        if job.get("from"):
+            return copy(job)
         store, run = start(job["url"], job["n"], job.get("changed", ()))
         begin = time.perf_counter()
         say({"filling": True})
         if job.get("die_at"):
             die_at(job["die_at"])
         fill(run, job.get("piece", 64), job.get("rows"))
-        store.finish()
+        store.finish([run])
     except FeatstoreError as error:
         return {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+    return {"error": None, "seconds": time.perf_counter() - begin}
+
+
+def copy(job):
+    """Push the store ``from`` to ``url``."""
+    source = fs.open(job["from"])
+    try:
+        there = fs.open(job["url"])
+    except NotFoundError:
+        there = None
+    plan = plan_transfer(source, there)
+    target = fs.create(job["url"])
+    begin = time.perf_counter()
+    say({"filling": True})
+    transfer(plan, target, lambda _: None)
     return {"error": None, "seconds": time.perf_counter() - begin}
 
 
