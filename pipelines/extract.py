@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import getpass
-import importlib.metadata
-import platform
 import resource
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import featstore.store
-from featstore.datasets import Dataset
+from featstore.errors import StorageError
 from featstore.pipelines.batch import cpu_batch_size, probed_batch_size
-from featstore.pipelines.flight import Flight, InFlight
-from featstore.pipelines.images import BlockImages, ImageReader
+from featstore.pipelines.compute import compute, extractor_of
 from featstore.pipelines.outcome import RunOutcome
 from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan, sample_table
 from featstore.pipelines.progress import Progress, Silent
-from featstore.pipelines.rates import Rates
-from featstore.pipelines.writing import BlockWriter
-from featstore.store import Run, StoredDataset
+from featstore.pipelines.provenance import cpu_name, provenance
+from featstore.pipelines.reduction import fit
+from featstore.store import StoredDataset
+from featstore.store.basis import Basis
 
 if TYPE_CHECKING:
-    from featstore.extraction.forward import Extractor
     from featstore.models.backbones.base import Backbone
 
-_MAX_THREADS = 1024
+_CREATING_THREADS = 8
+_ROUNDS = 3
 _PACKAGES = ("featstore", "torch", "diffusers", "transformers", "peft", "controlnet-aux", "pillow", "numpy")
 
 
@@ -67,9 +63,10 @@ class ExtractReport:
                 "fingerprint": outcome.planned.recipe.fingerprint,
                 "images": images,
                 "computed": outcome.computed,
-                "reused": images - int(outcome.planned.todo.sum()),
+                "reused": images - outcome.computed - len(outcome.failed),
                 "failed": [{"key": key, "reason": reason} for key, reason in outcome.failed.items()],
                 "layers": {name: list(shape) for name, shape in outcome.planned.layers.items()},
+                **({"reduced": outcome.reduced} if outcome.planned.recipe.components else {}),
                 "bytes": (images - len(outcome.failed)) * sum(outcome.planned.bytes_per_image.values()),
             }
             for outcome in self.outcomes
@@ -116,10 +113,10 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
         model = backbone
         if plan.passes_todo and model is None:
             model = stack.enter_context(plan.source.load(plan.device, plan.runs[0].recipe.compute_dtype))
-        outcomes = _open_runs(plan, stored, model)
+        outcomes = _open_runs(plan, stored, model, progress)
         if plan.passes_todo and model is not None:
             _compute(plan, outcomes, model, progress)
-    store.finish()
+    store.finish([outcome.run for outcome in outcomes])
     return ExtractReport(
         plan=plan,
         outcomes=tuple(outcomes),
@@ -143,31 +140,41 @@ def _peak_device_bytes(plan: Plan) -> int | None:
     return torch.cuda.max_memory_allocated(plan.device)
 
 
-def _open_runs(plan: Plan, stored: StoredDataset, model: Backbone | None) -> list[RunOutcome]:
-    provenance = {
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "device": plan.device,
-        "cpu_threads": _cpu_threads(plan),
-        "host": platform.node(),
-        "user": _user(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    rows = np.array([stored.row_of[plan.dataset.samples[index].key] for index in plan.wanted], dtype=int)
+def _open_runs(plan: Plan, stored: StoredDataset, model: Backbone | None, progress: Progress) -> list[RunOutcome]:
+    made_by = provenance(_PACKAGES, device=plan.device, hardware=_hardware(plan), cpu_threads=_cpu_threads(plan))
+    rows = stored.rows([sample.key for sample in plan.dataset.samples])[list(plan.wanted)]
     new = _new_batch_size(plan, model) if any(planned.run is None for planned in plan.runs) else 0
-    return [
-        RunOutcome(
-            planned,
-            stored.create_run(
-                planned.recipe,
-                planned.layers,
-                batch_size=planned.run.batch_size if planned.run is not None else new,
-                provenance=provenance,
-            ),
-            rows,
+
+    sizes = [planned.run.batch_size if planned.run is not None else new for planned in plan.runs]
+    bases = _fit(plan, sizes, model, progress)
+
+    def create(planned: PlannedRun, batch_size: int, fitted: Mapping[str, Basis]) -> RunOutcome:
+        run = stored.create_run(
+            planned.recipe,
+            planned.layers,
+            batch_size=batch_size,
+            provenance=made_by,
+            bases=fitted,
+            compress=plan.config.compress,
         )
-        for planned in plan.runs
-    ]
+        if plan.config.overwrite and planned.run is not None:
+            run.uncommit(rows, list(planned.layers))
+        return RunOutcome(planned, run, rows, {name: mask.copy() for name, mask in planned.missing.items()})
+
+    # Mostly waiting for the disk to sync, or for a remote store to answer.
+    with ThreadPoolExecutor(_CREATING_THREADS) as pool:
+        return list(pool.map(create, plan.runs, sizes, bases))
+
+
+def _fit(plan: Plan, sizes: Sequence[int], model: Backbone | None, progress: Progress) -> list[dict[str, Basis]]:
+    """What reduces the new layers of each run."""
+    if model is None or not plan.fit_passes:
+        return [{} for _ in plan.runs]
+    progress.start("fitting what reduces channels", plan.fit_passes, "passes")
+    try:
+        return [fit(plan.dataset, one, model, size, progress) for one, size in zip(plan.runs, sizes, strict=True)]
+    finally:
+        progress.stop()
 
 
 def _new_batch_size(plan: Plan, model: Backbone | None) -> int:
@@ -180,7 +187,7 @@ def _new_batch_size(plan: Plan, model: Backbone | None) -> int:
 
     def run(rows: int) -> None:
         size = (recipe.height_px, recipe.width_px)
-        extractor = _extractor(model, [planned for planned in plan.runs if planned.run is None], rows)
+        extractor = extractor_of(model, [planned for planned in plan.runs if planned.run is None], rows)
         images = np.zeros((rows, *size, 3), np.uint8)
         latents = extractor.encode(images)
         for index, planned in enumerate(one for one in plan.runs if one.run is None):
@@ -198,6 +205,15 @@ def _new_batch_size(plan: Plan, model: Backbone | None) -> int:
     return probed_batch_size(run, model.device)
 
 
+def _hardware(plan: Plan) -> str:
+    """What the passes run on."""
+    if plan.device == "cpu":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(plan.device)
+
+
 def _cpu_threads(plan: Plan) -> int | None:
     """Threads that a new run's forward passes get on a CPU: what torch takes here; None where nothing is computed."""
     if plan.device != "cpu" or not plan.passes_todo:
@@ -207,107 +223,32 @@ def _cpu_threads(plan: Plan) -> int | None:
     return torch.get_num_threads()
 
 
-def _threads(run: Run) -> int | None:
-    """Threads of every forward pass of a run on a CPU: as many as it was created with; None on a GPU."""
-    threads = run.provenance[0].get("cpu_threads")
-    return threads if isinstance(threads, int) and 0 < threads <= _MAX_THREADS else None
+def _compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progress: Progress) -> None:
+    """Compute what is missing, and again what another writer of the same blocks has put itself in the place of.
 
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no such user in a container
-        return "unknown"
-
-
-def _extractor(model: Backbone, runs: Sequence[PlannedRun], batch_size: int) -> Extractor:
-    """An extractor for runs of one size and precision."""
-    from featstore.extraction.forward import Extractor
-
-    size = runs[0].recipe
-    return Extractor(
-        model,
-        [planned.steering for planned in runs],
-        list(runs[0].layers),
-        batch_size=batch_size,
-        height_px=size.height_px,
-        width_px=size.width_px,
-        precision=size.precision,
+    Where nothing locks a block for good (a bucket, a file system without locks), a process that was thought dead can
+    still write one that was given to us; rows of ours may then be gone from its record. They are made once more.
+    """
+    for _ in range(_ROUNDS):
+        compute(plan, outcomes, model, progress)
+        if not sum([_lost(plan, outcome) for outcome in outcomes]):
+            return
+        progress.note("another process has written the same blocks; what it replaced is computed again")
+    raise StorageError(
+        f"blocks of {plan.config.store!r} are replaced by another process again and again",
+        hint="let one extraction of the same runs finish, then run the same command again",
     )
 
 
-def _compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progress: Progress) -> None:
-    # Only now: planning and a finished extraction do without torch and diffusers.
-    import torch
-
-    # A forward's bytes depend on its batch shape and, on a CPU, on the number of threads; a block is
-    # what is committed at once. Only runs that agree on all three can be walked through together.
-    groups: dict[tuple[int, int, int | None], list[RunOutcome]] = defaultdict(list)
-    for outcome in outcomes:
-        if outcome.planned.todo.any():
-            run = outcome.run
-            groups[run.block_length, run.batch_size, _threads(run)].append(outcome)
-    rates = Rates.load()
-    progress.start("extracting", plan.passes_todo, "passes")
-    try:
-        with ImageReader(plan) as reader, BlockWriter() as writer:
-            for (_, batch_size, threads), group in groups.items():
-                if threads is not None:
-                    torch.set_num_threads(threads)
-                extractor = _extractor(model, [outcome.planned for outcome in group], batch_size)
-                flight = Flight(plan, writer, rates, progress)
-                for images in reader.blocks(group):
-                    _block(plan, extractor, group, images, flight)
-                flight.land()
-    finally:
-        progress.stop()
-        rates.save()
-
-
-def _block(
-    plan: Plan,
-    extractor: Extractor,
-    group: Sequence[RunOutcome],
-    images: BlockImages,
-    flight: Flight,
-) -> None:
-    """All passes of one block."""
-    from featstore.extraction.passes import Pass
-
-    for outcome in group:
-        for position, reason in images.failed.items():
-            if outcome.planned.todo[position]:
-                flight.unreadable(outcome, plan.dataset.samples[plan.wanted[position]].key, reason)
-    samples = [plan.dataset.samples[plan.wanted[position]] for position in images.wanted]
-    passes, runs = [], []
-    for index, outcome in enumerate(group):
-        planned = outcome.planned
-        chosen = np.flatnonzero(planned.todo[images.wanted])
-        if len(chosen):
-            runs.append((outcome, chosen))
-            passes.append(
-                Pass(
-                    steering=index,
-                    rows=chosen,
-                    timestep=planned.recipe.timestep,
-                    seed=planned.recipe.seed,
-                    captions=_captions(plan.dataset, planned, [samples[i].key for i in chosen]),
-                    denoise_from=planned.recipe.denoise_from,
-                    noise_ensemble=planned.recipe.noise_ensemble,
-                )
-            )
-    if not passes:
-        return
-    latents = extractor.encode(images.pixels)
-    digests = [sample.digest for sample in samples]
-    for index, maps in extractor.run_all(latents, images.pixels, digests, passes):
-        outcome, chosen = runs[index]
-        keys = [samples[i].key for i in chosen]
-        flight.take(InFlight(outcome, images.block, images.wanted[chosen], keys, maps))
-
-
-def _captions(dataset: Dataset, planned: PlannedRun, keys: Sequence[str]) -> list[str] | None:
-    kind, captions = planned.steering.caption_kind, planned.steering.captions
-    if captions is not None:
-        return [captions.texts[key] for key in keys]
-    return None if kind is None else [dataset.caption(key, kind) for key in keys]
+def _lost(plan: Plan, outcome: RunOutcome) -> int:
+    """How many rows that were computed are not in the store; they are to be computed again."""
+    made = outcome.planned.todo & ~outcome.todo
+    samples = plan.dataset.samples
+    made[[place for place, index in enumerate(plan.wanted) if samples[index].key in outcome.failed]] = False
+    lost = 0
+    for layer, valid in outcome.run.valid_each(list(outcome.missing)).items():
+        gone = made & ~valid[outcome.rows]
+        outcome.missing[layer] |= gone
+        lost = max(lost, int(gone.sum()))
+    outcome.computed = max(0, outcome.computed - lost)
+    return lost

@@ -8,9 +8,7 @@ wrong is refused here. A finished extraction never imports torch, because nothin
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,17 @@ import featstore.models
 import featstore.store
 import featstore.techniques
 from featstore.datasets import Dataset
-from featstore.errors import BadRequestError, NotFoundError, StorageError, unknown_name
+from featstore.errors import BadRequestError, NotFoundError, unknown_name
 from featstore.models import ModelSource
 from featstore.pipelines.device import compute_dtype_of, resolve_device
+from featstore.pipelines.presence import Presence
 from featstore.pipelines.rates import Rates
+from featstore.pipelines.reduction import components_of, continued, reduced_shapes, reduction_of, sample_of
+from featstore.pipelines.space import require_space
 from featstore.recipe import PRECISIONS, TRAIN_TIMESTEPS, Recipe
 from featstore.store import Run, SampleTable, Store
+from featstore.store import precision as precisions
+from featstore.store.urls import local_path
 from featstore.techniques import Steering, SteeringOptions
 
 
@@ -55,6 +58,10 @@ class ExtractConfig:
     """Only the first so many images; None: all."""
     precision: str = "float16"
     """Element type on disk."""
+    reduce: str | None = None
+    """``pca:N``: project the channels of layers that have more than N onto N; None: keep them all."""
+    compress: bool = False
+    """Whether maps of new runs lie behind zstd. A run keeps what it was created with."""
     batch_size: int | None = None
     """Rows of every forward pass of a new run; None: what fits the device. A run keeps what it was created with."""
     device: str | None = None
@@ -71,6 +78,8 @@ class ExtractConfig:
     """Where data sets lie; None: ``$FEATSTORE_DATA``, else ``./data``."""
     dataset_name: str | None = None
     """Name of the data set in the store; None: the data set's own."""
+    overwrite: bool = False
+    """Compute what is asked for although the store has it, in its place."""
 
     def __post_init__(self) -> None:
         """Refuse values that need nothing else to be known wrong."""
@@ -81,6 +90,8 @@ class ExtractConfig:
             raise BadRequestError(f"a timestep is listed twice: {', '.join(map(str, self.timesteps))}")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.reduce is not None:
+            components_of(self.reduce)
         if self.denoise_from is not None:
             for timestep in self.timesteps:
                 if not timestep < self.denoise_from < TRAIN_TIMESTEPS:
@@ -112,6 +123,16 @@ class PlannedRun:
     """The run in the store; None: it is new."""
     missing: dict[str, np.ndarray]
     """For each layer, a mask (N,) over the wanted samples: True where the row must be computed."""
+    to_fit: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+    """The model's own shapes (C, H, W) of layers that are reduced, and whose projection is still to be fitted."""
+    fit_images: int = 0
+    """Images that it is fitted on, one pass each."""
+
+    @property
+    def reduced(self) -> list[str]:
+        """Those of the layers asked for whose channels are projected onto fewer."""
+        there = {} if self.run is None else self.run.layers
+        return [name for name in self.layers if name in self.to_fit or (name in there and there[name].reduced)]
 
     @property
     def todo(self) -> np.ndarray:
@@ -121,14 +142,23 @@ class PlannedRun:
 
     @property
     def bytes_per_image(self) -> dict[str, int]:
-        """Bytes of one image, by layer."""
-        itemsize = np.dtype(self.recipe.precision).itemsize
-        return {name: math.prod(shape) * itemsize for name, shape in self.layers.items()}
+        """Bytes of one image, by layer; scales included where it is int8."""
+        stored = precisions.of(self.recipe.precision).stored
+        return {name: precisions.image_bytes(shape, stored) for name, shape in self.layers.items()}
 
     @property
     def bytes_todo(self) -> int:
         """Bytes that this run would add to the store."""
-        return sum(self.bytes_per_image[name] * int(mask.sum()) for name, mask in self.missing.items())
+        # A basis and its copy in the catalog.
+        bases = sum(8 * (1 + self.recipe.components) * channels for channels, _, _ in self.to_fit.values())
+        return bases + sum(self.bytes_per_image[name] * int(mask.sum()) for name, mask in self.missing.items())
+
+    def captions(self, dataset: Dataset, keys: Sequence[str]) -> list[str] | None:
+        """A text for each of ``keys`` where the technique takes one an image; None where its text is fixed."""
+        kind, captions = self.steering.caption_kind, self.steering.captions
+        if captions is not None:
+            return [captions.texts[key] for key in keys]
+        return None if kind is None else [dataset.caption(key, kind) for key in keys]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +182,18 @@ class Plan:
         return sum(int(run.todo.sum()) for run in self.runs)
 
     @property
+    def fit_passes(self) -> int:
+        """Forward passes that only serve to fit projections."""
+        return sum(run.fit_images for run in self.runs)
+
+    @property
     def bytes_todo(self) -> int:
         """Bytes that the extraction would add to the store."""
         return sum(run.bytes_todo for run in self.runs)
+
+    def compressed(self, run: PlannedRun) -> bool:
+        """Whether the maps of one of the runs lie behind zstd, so that its bytes are an upper bound."""
+        return self.config.compress if run.run is None else run.run.compressed
 
     def to_json(self) -> dict[str, Any]:
         """The plan for `--dry-run --json`."""
@@ -172,6 +211,7 @@ class Plan:
                     "compute": int(run.todo.sum()),
                     "bytes": run.bytes_todo,
                     "layers": {name: list(shape) for name, shape in run.layers.items()},
+                    **({"reduced": run.reduced, "fit_images": run.fit_images} if run.recipe.components else {}),
                 }
                 for run in self.runs
             ],
@@ -226,6 +266,7 @@ def make_plan(config: ExtractConfig) -> Plan:
                 width_px=width,
                 compute_dtype=compute_dtype_of(device),
                 precision=config.precision,
+                reduce=None if config.reduce is None else reduction_of(dataset, components_of(config.reduce)),
             ),
             steering,
         )
@@ -233,21 +274,35 @@ def make_plan(config: ExtractConfig) -> Plan:
         for timestep in config.timesteps
     ]
     name = config.dataset_name or dataset.info.name
-    _check_captions(config, dataset, wanted, steerings)
     store = _open_if_there(config.store)
     stored = store.dataset(name) if store is not None and name in store.datasets() else None
+    if stored is not None:
+        recipes = [(continued(stored, recipe), steering) for recipe, steering in recipes]
     found = [stored.find(recipe) if stored is not None else None for recipe, _ in recipes]
-    layers = _layers(source, config, (height, width), found)
-    runs = tuple(
-        PlannedRun(
+    layers, whole = _layers(source, config, (height, width), found)
+    runs = []
+    # To overwrite is to have nothing.
+    presence = Presence(dataset, wanted, None if config.overwrite else stored)
+    for (recipe, steering), run in zip(recipes, found, strict=True):
+        missing = presence.missing(run, layers)
+        known = {} if run is None else run.layers
+        to_fit = {layer: shape for layer, shape in whole.items() if shape != layers[layer] and layer not in known}
+        fit_images = len(sample_of(dataset, recipe)) if to_fit else 0
+        one = PlannedRun(
             recipe=recipe,
             steering=steering,
             layers=layers,
             run=run,
-            missing=_missing(run, layers, dataset, wanted),
+            missing=missing,
+            to_fit=to_fit,
+            fit_images=fit_images,
         )
-        for (recipe, steering), run in zip(recipes, found, strict=True)
-    )
+        runs.append(one)
+        if run is not None and one.todo.any():
+            for layer in one.reduced:
+                if layer in known:
+                    run.basis(layer)  # Found damaged now rather than when weights are loaded.
+    _check_captions(config, dataset, sorted({*wanted, *range(max(one.fit_images for one in runs))}), steerings)
     plan = Plan(
         config=config,
         dataset=dataset,
@@ -255,9 +310,9 @@ def make_plan(config: ExtractConfig) -> Plan:
         source=source,
         device=device,
         wanted=wanted,
-        runs=runs,
+        runs=tuple(runs),
         seconds=Rates.load().estimate_seconds(
-            (Rates.key(run.recipe, device), int(run.todo.sum())) for run in runs if run.todo.any()
+            (Rates.key(run.recipe, device), int(run.todo.sum()) + run.fit_images) for run in runs if run.todo.any()
         ),
     )
     _check_space(config.store, plan.bytes_todo)
@@ -333,47 +388,22 @@ def _check_captions(
 
 def _layers(
     source: ModelSource, config: ExtractConfig, size: tuple[int, int], found: Sequence[Run | None]
-) -> dict[str, tuple[int, int, int]]:
-    """Shapes of the layers asked for; from the store where it knows them all, without building the model."""
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, tuple[int, int, int]]]:
+    """Shapes of the layers asked for, as they are stored and as the model has them.
+
+    From the store where it knows them all, without building the model; the second is then empty.
+    """
     text = config.layers or source.default_layers
     names = source.expand_layers(text)
-    for run in found:
-        if run is not None and all(name in run.layers for name in names):
-            return {name: run.layers[name].shape for name in names}
-    return source.resolve_layers(text, *size, config.steering.prompt_chunks)
-
-
-def _missing(
-    run: Run | None, layers: dict[str, tuple[int, int, int]], dataset: Dataset, wanted: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """For each layer the mask over ``wanted`` of rows that the store does not hold for today's image."""
-    missing = {name: np.ones(len(wanted), dtype=bool) for name in layers}
-    if run is None:
-        return missing
-    rows = run.dataset.row_of
-    samples = [dataset.samples[index] for index in wanted]
-    known = [(position, rows[s.key]) for position, s in enumerate(samples) if s.key in rows]
-    digests = run.dataset.samples.digests
-    fresh = [(position, row) for position, row in known if digests[row] == samples[position].digest]
-    for name in layers:
-        if name in run.layers and fresh:
-            valid = run.valid([name])
-            positions, table_rows = map(list, zip(*fresh, strict=True))
-            missing[name][positions] = ~valid[table_rows]
-    return missing
+    knowing = [run for run in found if run is not None and all(name in run.layers for name in names)]
+    if knowing and (config.reduce is None or len(knowing) == len(found)):
+        return {name: knowing[0].layers[name].shape for name in names}, {}
+    whole = source.resolve_layers(text, *size, config.steering.prompt_chunks)
+    reduced = {} if config.reduce is None else reduced_shapes(whole, components_of(config.reduce))
+    return whole | reduced, whole
 
 
 def _check_space(url: str, needed_bytes: int) -> None:
-    if "://" in url and not url.startswith("file://"):
-        return
-    folder = Path(url.removeprefix("file://")).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes > free_bytes:
-        error = StorageError(
-            f"{folder} has {free_bytes / 1e9:.1f} GB free and the features take {needed_bytes / 1e9:.1f} GB",
-            hint="fewer --layers or --limit make it smaller, --store names another place",
-        )
-        error.exit_code = BadRequestError.exit_code  # nothing was started
-        raise error
+    if "://" not in url or url.startswith("file://"):
+        hint = "fewer --layers or --limit make it smaller, --store names another place"
+        require_space(local_path(url), needed_bytes, what="features", hint=hint)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from featstore.store import Run
+from featstore.store.precision import StoredMaps
 
 
 class BlockWriter:
@@ -21,21 +21,29 @@ class BlockWriter:
     by the next `submit` or on leaving the context, after the writes under way have ended.
     """
 
-    def __init__(self, *, threads: int = 2, max_pending_bytes: int = 512 * 2**20) -> None:
+    def __init__(self, *, threads: int = 8, max_pending_bytes: int = 512 * 2**20) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="featstore-write")
         self._room = threading.Condition()
         self._pending_bytes = 0
         self._max_pending_bytes = max_pending_bytes
         self._error: BaseException | None = None
 
-    def submit(self, run: Run, block: int, rows: Sequence[int], maps: Mapping[str, np.ndarray]) -> None:
+    def submit(
+        self,
+        run: Run,
+        block: int,
+        rows: Sequence[int],
+        maps: Mapping[str, StoredMaps],
+        committed: Callable[[], object] = lambda: None,
+    ) -> None:
         """Queue the rows of one block of one run for writing.
 
         Args:
             run: where they belong.
             block: index of the block.
             rows: row indices in the data set's table, sorted, of that block.
-            maps: for each layer (len(rows), C, H, W) in the run's precision.
+            maps: for each layer those of the rows, in the run's precision; at least one.
+            committed: called once all of them are written, or failed to be.
         """
         size_bytes = sum(array.nbytes for array in maps.values())
         with self._room:
@@ -43,15 +51,23 @@ class BlockWriter:
                 self._room.wait()
             self._raise_if_failed()
             self._pending_bytes += size_bytes
-        future = self._pool.submit(run.write_block, block, rows, maps)
-        future.add_done_callback(lambda done: self._done(done, size_bytes))
+        # A task a layer: a write mostly waits for the disk to sync, which it does for several files as fast as for one.
+        left = itertools.count(len(maps) - 1, -1)
+        for layer, array in maps.items():
+            future = self._pool.submit(run.write_block, block, rows, {layer: array})
+            future.add_done_callback(
+                lambda done, size_bytes=array.nbytes: self._done(done, size_bytes, left, committed)  # type: ignore[misc]
+            )
 
-    def _done(self, future: Future[int], size_bytes: int) -> None:
+    def _done(self, future: Future[int], size_bytes: int, left: Iterator[int], committed: Callable[[], object]) -> None:
         with self._room:
+            last = next(left) == 0
             self._pending_bytes -= size_bytes
             if not future.cancelled() and self._error is None:
                 self._error = future.exception()
             self._room.notify_all()
+        if last:
+            committed()
 
     def _raise_if_failed(self) -> None:
         if self._error is not None:

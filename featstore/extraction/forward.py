@@ -14,10 +14,13 @@ import torch
 from featstore.errors import BadRequestError, unknown_name
 from featstore.extraction.batch import Forward
 from featstore.extraction.conditioning import Conditioner, ImageConditions
-from featstore.extraction.host import FloatArray, HostMaps, torch_precision
+from featstore.extraction.fixed_texts import FixedTexts
+from featstore.extraction.host import HostMaps
 from featstore.extraction.images import UInt8Array, to_pixels
 from featstore.extraction.passes import Item, Pass, items, sharing
 from featstore.extraction.taps import Maps, TapSession, select
+from featstore.store import precision as precisions
+from featstore.store.precision import StoredMaps
 
 if TYPE_CHECKING:
     from featstore.models.backbones.base import Backbone
@@ -40,7 +43,7 @@ class Extractor:
         batch_size: rows of every forward.
         height_px: height of the model's input.
         width_px: width of the model's input.
-        precision: element type of the maps: ``float16`` or ``float32``.
+        precision: what maps are kept as: ``float16``, ``float32`` or ``int8``.
 
     Raises:
         BadRequestError: for an unknown layer or precision, a size that the model cannot take, weights that do not
@@ -60,7 +63,7 @@ class Extractor:
     ) -> None:
         if batch_size < 1:
             raise BadRequestError(f"batch size {batch_size} is below 1")
-        torch_precision(precision)
+        precisions.of(precision)
         if not layers:
             raise BadRequestError("no layers are asked for")
         backbone.source.check_image_size(height_px, width_px)
@@ -118,7 +121,7 @@ class Extractor:
         *,
         denoise_from: int | None = None,
         noise_ensemble: int = 1,
-    ) -> tuple[dict[str, FloatArray], dict[int, str]]:
+    ) -> tuple[dict[str, StoredMaps], dict[int, str]]:
         """One pass over all images; see `run_all` for what its arguments are.
 
         Returns:
@@ -162,14 +165,20 @@ class Extractor:
         for indices in sharing(passes, self.steerings):
             rows = items(passes, indices)
             ends = {index: len(items(passes, indices[: place + 1])) for place, index in enumerate(indices)}
-            results = {index: HostMaps(len(passes[index].rows), self.precision, self._copies) for index in indices}
+            results = {
+                index: HostMaps(len(passes[index].rows), self.precision, self._copies, passes[index].projections)
+                for index in indices
+            }
             means = _Means()
             # Its hooks do nothing between its passes, so that they may stay while the caller has the maps.
-            with TapSession(self.backbone.denoiser, self._taps) as session:
+            with (
+                FixedTexts(self._conditioner.networks(passes[indices[0]].steering)) as texts,
+                TapSession(self.backbone.denoiser, self._taps) as session,
+            ):
                 for start in range(0, len(rows), self.batch_size):
                     batch = rows[start : start + self.batch_size]
                     padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-                    maps = self._forward.run(session, passes, padded, latents, digests, seen)
+                    maps = self._forward.run(session, texts, passes, padded, latents, digests, seen)
                     for index, position, values in means.add(passes, batch, maps):
                         for layer, value in values.items():
                             results[index].put(layer, position, value)

@@ -5,14 +5,15 @@ Shapes: n rows of a pass, B rows of a batch, C channels, H W map height and widt
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Mapping
+
 import torch
 
-from featstore.errors import BadRequestError
+from featstore.extraction.reduce import Projection
+from featstore.store import precision as precisions
+from featstore.store.precision import Quantised, StoredMaps
 
-FloatArray = npt.NDArray[np.floating]
-_PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+_TYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 
 
 class HostMaps:
@@ -23,20 +24,28 @@ class HostMaps:
 
     Args:
         rows: n, rows of the pass.
-        precision: element type: ``float16`` or ``float32``.
+        precision: name of a precision on disk.
         stream: where copies run; None: in place, on a CPU.
+        projections: what reduces the channels of layers, by their names; on the device.
 
     Raises:
         BadRequestError: for another precision.
     """
 
-    def __init__(self, rows: int, precision: str, stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        precision: str,
+        stream: torch.cuda.Stream | None,
+        projections: Mapping[str, Projection] | None = None,
+    ) -> None:
         self._rows = rows
-        self._precision = precision
-        self._dtype = torch_precision(precision)
+        self._precision = precisions.of(precision)
         self._stream = stream
+        self._projections = projections or {}
         self._copied: torch.cuda.Event | None = None
         self._maps: dict[str, torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor] = {}
         self._peaks: dict[str, torch.Tensor] = {}
 
     def put(self, layer: str, start: int, maps: torch.Tensor) -> None:
@@ -52,41 +61,62 @@ class HostMaps:
         maps.record_stream(self._stream)
 
     def _copy(self, layer: str, start: int, maps: torch.Tensor) -> None:
+        if layer in self._projections:
+            maps = self._projections[layer](maps)
+        if self._precision.scaled:
+            stored, scales, peaks = quantise(maps)
+            self._keep(self._scales, layer, start, scales)
+        else:
+            stored = maps.to(_TYPES[self._precision.name])
+            # Both ends of the range are NaN where any value is.
+            low, high = maps.flatten(1).aminmax(dim=1)
+            peaks = torch.maximum(high, -low).float()
+        self._keep(self._maps, layer, start, stored)
+        self._keep(self._peaks, layer, start, peaks)
+
+    def _keep(self, kept: dict[str, torch.Tensor], layer: str, start: int, values: torch.Tensor) -> None:
+        """Copy ``values`` of B rows to their place among those of n."""
         pinned = self._stream is not None
-        if layer not in self._maps:
-            self._maps[layer] = torch.empty((self._rows, *maps.shape[1:]), dtype=self._dtype, pin_memory=pinned)
-            self._peaks[layer] = torch.zeros(self._rows, pin_memory=pinned)
-        stop = start + len(maps)
-        self._maps[layer][start:stop].copy_(maps.to(self._dtype), non_blocking=pinned)
-        # Both ends of the range are NaN where any value is.
-        low, high = maps.flatten(1).aminmax(dim=1)
-        self._peaks[layer][start:stop].copy_(torch.maximum(high, -low).float(), non_blocking=pinned)
+        if layer not in kept:
+            kept[layer] = torch.empty((self._rows, *values.shape[1:]), dtype=values.dtype, pin_memory=pinned)
+        kept[layer][start : start + len(values)].copy_(values, non_blocking=pinned)
 
-    def wait(self) -> tuple[dict[str, FloatArray], dict[int, str]]:
-        """The maps of each layer, (n, C, H, W), once all copies have arrived, and the rows not fit to be stored.
+    def wait(self) -> tuple[dict[str, StoredMaps], dict[int, str]]:
+        """The maps of each layer, n of them, once all copies have arrived, and the rows not fit to be stored.
 
-        A row is unfit if it holds NaN or infinity, or a value that overflows the precision; it is given with the
-        reason, naming the layer. Other rows are not touched by those.
+        A row is unfit if it holds NaN or infinity, or a value that overflows what readers are given; it comes with
+        the reason, naming the layer. Other rows are not touched by those.
         """
         if self._copied is not None:
             self._copied.synchronize()
         bad: dict[int, str] = {}
+        read = self._precision.read.name
         for layer, peaks in self._peaks.items():
-            stored = peaks.to(self._dtype)
-            for row in torch.nonzero(~torch.isfinite(stored)).flatten().tolist():
-                peak = peaks[row].item()
-                known = np.isfinite(peak)
-                reason = f"overflow of {self._precision} (magnitude {peak:.3g})" if known else "NaN or infinity"
-                bad.setdefault(row, f"{reason} in {layer}")
-        return {layer: maps.numpy() for layer, maps in self._maps.items()}, bad
+            for row in torch.nonzero(~torch.isfinite(peaks.to(_TYPES[read]))).flatten().tolist():
+                bad.setdefault(row, f"{precisions.unfit(peaks[row].item(), read)} in {layer}")
+        return {layer: self._stored(layer) for layer in self._maps}, bad
+
+    def _stored(self, layer: str) -> StoredMaps:
+        values = self._maps[layer].numpy()
+        return Quantised(values, self._scales[layer].numpy()) if layer in self._scales else values
 
 
-def torch_precision(name: str) -> torch.dtype:
-    """The torch type of a precision on disk.
+def quantise(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`featstore.store.precision.quantise` on the maps' device, bit for bit; nothing is refused here.
 
-    Raises:
-        BadRequestError: if it is none.
+    Args:
+        maps: (B, C, H, W) in any floating type.
+
+    Returns:
+        int8 (B, C, H, W), float32 scales (B, C), and float32 (B,): the largest magnitude of each row, as it is or as
+        it is read back, NaN or infinite where a value is.
     """
-    if name not in _PRECISIONS:
-        raise BadRequestError(f"precision {name!r} is not one of {', '.join(_PRECISIONS)}")
-    return _PRECISIONS[name]
+    wide = maps.float()
+    low, high = wide.flatten(2).aminmax(dim=2)
+    largest = torch.maximum(high, -low)
+    # A tensor, not a number: a GPU would multiply by the rounded 1 / 127.
+    scales = largest / largest.new_full((), precisions.Q_MAX)
+    peaks = torch.maximum(largest, scales * precisions.Q_MAX).amax(1)
+    scales = torch.where(scales < precisions.SCALE_MIN, 0.0, scales)
+    quotients = wide / torch.where(scales == 0.0, 1.0, scales)[:, :, None, None]
+    return quotients.round_().to(torch.int8), scales, peaks

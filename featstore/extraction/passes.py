@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import BadRequestError
+from featstore.extraction.reduce import Projection
 from featstore.techniques.base import Steering
 
 DENOISE_FINE = 50
@@ -35,6 +36,8 @@ class Pass:
     """Timestep that is noised to, and denoised from down to ``timestep``; None: one noised pass."""
     noise_ensemble: int = 1
     """Draws of the noise; the maps are averaged over them."""
+    projections: Mapping[str, Projection] | None = None
+    """What reduces the channels of layers, by their names; on the backbone's device."""
 
     def check(self, timesteps: int) -> None:
         """Refuse what no pass can be.

@@ -271,7 +271,7 @@ def test_bad_requests(backbone: Backbone, images: np.ndarray) -> None:
 
     for changes, message in (
         ({"batch_size": 0}, "batch size 0 is below 1"),
-        ({"precision": "int4"}, "precision 'int4' is not one of float16, float32"),
+        ({"precision": "int4"}, "unknown precision 'int4'; known: float16, float32, int8"),
         ({"layers": []}, "no layers"),
         ({"layers": ["up-level9-out"]}, "unknown layer 'up-level9-out'"),
         ({"height_px": 65}, "multiples of 32 px"),

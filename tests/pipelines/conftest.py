@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+from PIL import Image
 
 import featstore.models
 from featstore.errors import NotFoundError
@@ -38,3 +42,30 @@ def absent(monkeypatch):
         monkeypatch.setattr(featstore.models, "describe", missing)
 
     return remove
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 noisy images of 64 px: four blocks a run."""
+    folder = tmp_path_factory.mktemp("many")
+    generator = np.random.default_rng(0)
+    for number in range(200):
+        values = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def wanted(many: Path, tiny: None):
+    def make(store: Path, **changes) -> ExtractConfig:
+        values = {
+            "dataset": f"folder:{many}",
+            "techniques": "basic,controlnet",
+            "store": str(store),
+            "model": "reference",
+            "device": "cpu",
+            "batch_size": 8,
+        }
+        return ExtractConfig(**(values | changes))
+
+    return make

@@ -12,7 +12,6 @@ from PIL import Image
 
 import featstore
 from featstore.errors import BadRequestError, NotFoundError, StorageError
-from featstore.pipelines import plan as plans
 from featstore.pipelines.extract import execute, extract
 from featstore.pipelines.plan import ExtractConfig, make_plan
 from featstore.pipelines.progress import Silent
@@ -176,7 +175,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(config, monk
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(plans.shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10, 9, 1000))
     with pytest.raises(StorageError, match="GB free") as caught:
         make_plan(config())
     assert caught.value.exit_code == 2

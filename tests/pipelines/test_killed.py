@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
+import time
 
 import pytest
 
@@ -80,3 +82,21 @@ def test_a_leftover_of_a_killed_writer_is_not_read(tmp_path, config, tiny):
     assert extract(wanted).passes == 10
     leftovers = list((tmp_path / "s.zarr").rglob("*.partial"))
     assert leftovers == []
+
+
+@pytest.mark.full
+def test_two_hundred_kills_at_random_moments(tmp_path, wanted, capsys):
+    """Each store is killed ten times and then left alone; in between nobody cleans up."""
+    began = time.monotonic()
+    extract(wanted(tmp_path / "first.zarr"))
+    seconds = time.monotonic() - began
+    shuffle, killed, stores = random.Random(1), 0, 0
+    while killed < 200:
+        folder = tmp_path / str(stores)
+        folder.mkdir()
+        # Late moments only come true if the time until then is computed anew each time.
+        deaths = [("seconds", shuffle.uniform(0.05, seconds)) for _ in range(10)]
+        killed += ends_the_same(folder, wanted, deaths).get("seconds", 0)
+        stores += 1
+    with capsys.disabled():
+        sys.stdout.write(f"\n{killed} extractions killed at random moments, {stores} stores with equal bytes\n")
