@@ -16,11 +16,14 @@ from featstore.cli import (
     console,
     convert_ddpm,
     demo,
+    exchange,
     extract,
     heads,
     pictures,
+    serve,
     store,
     train_lora,
+    transfer,
 )
 
 COMMANDS = (
@@ -32,9 +35,15 @@ COMMANDS = (
     extract.extract,
     store.info,
     store.verify,
+    transfer.push,
+    transfer.pull,
+    transfer.rm,
+    exchange.import_npy,
+    exchange.export,
     heads.train_head,
     train_lora.train_lora,
     pictures.show,
+    serve.serve,
     bench.bench,
 )
 

@@ -9,7 +9,7 @@ import typer
 
 from featstore.cli import console
 from featstore.cli.options import DEFAULT_STORE, DebugOption, DeviceOption, JsonOption, SeedOption
-from featstore.pipelines.bench import SUBJECTS, BenchConfig
+from featstore.pipelines.bench import SUBJECTS, BenchConfig, tables
 from featstore.pipelines.bench import bench as measure
 
 
@@ -19,7 +19,10 @@ def bench(
         str, typer.Argument(metavar="SUBJECT,..", help=f"What to measure, of {', '.join(SUBJECTS)}.")
     ] = ",".join(SUBJECTS),
     images: Annotated[
-        int | None, typer.Option("--images", metavar="N", min=1, help="How many images; default all of toyhorse.")
+        int | None,
+        typer.Option(
+            "--images", metavar="N", min=1, help="How many images; default all of toyhorse, 10,000 for scale."
+        ),
     ] = None,
     repeats: Annotated[
         int, typer.Option("--repeats", metavar="N", min=1, help="Pairs of measurements; medians are shown.")
@@ -59,10 +62,15 @@ def bench(
         console.print_json(results)
         return
     for subject, figures in results.items():
+        for title, columns, cells in tables(subject, figures):
+            console.print_table(title, columns, cells)
         rows = [
-            (name.replace("_", " "), _shown(value)) for name, value in figures.items() if not isinstance(value, list)
+            (name.replace("_", " "), _shown(value))
+            for name, value in figures.items()
+            if not isinstance(value, list | dict)
         ]
-        console.print_table(subject, ("figure", "value"), rows)
+        if rows:
+            console.print_table(subject, ("figure", "value"), rows)
 
 
 def _shown(value: object) -> str:

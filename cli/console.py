@@ -180,8 +180,7 @@ class Bar:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit, style="dim", markup=False),
+            *_amount_columns(unit),
             _Rate(unit),
             TimeElapsedColumn(),
             TextColumn("left", style="dim"),
@@ -220,6 +219,27 @@ class Bar:
             self._progress = None
 
 
+BYTES = "bytes"
+"""The unit of stages that are counted in bytes, which are shown as people say them."""
+
+
+def _amount(count: float, unit: str) -> str:
+    return human_bytes(count) if unit == BYTES else f"{count:.0f}"
+
+
+def _amount_columns(unit: str) -> tuple[ProgressColumn, ...]:
+    if unit == BYTES:
+        return (_Amount(),)
+    return (MofNCompleteColumn(), TextColumn(unit, style="dim", markup=False))
+
+
+class _Amount(ProgressColumn):
+    """Bytes of bytes."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{human_bytes(task.completed)} of {human_bytes(task.total or 0)}")
+
+
 class _Lines:
     """Progress for logs and pipes: a line now and then, and one at the end."""
 
@@ -241,7 +261,9 @@ class _Lines:
 
     def _say(self, now: float, rest: str) -> None:
         passed = now - self._begin
-        say(f"{self.title}: {self._done} of {self._total} {self._unit} in {human_seconds(passed)}{rest}")
+        done, total = _amount(self._done, self._unit), _amount(self._total, self._unit)
+        unit = "" if self._unit == BYTES else f" {self._unit}"
+        say(f"{self.title}: {done} of {total}{unit} in {human_seconds(passed)}{rest}")
 
 
 class _Rate(ProgressColumn):
@@ -254,4 +276,5 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time or task.elapsed
         speed = task.completed / elapsed if elapsed else 0.0
-        return Text(f"{speed:.1f} {self._unit}/s" if speed else "", style="cyan")
+        shown = human_bytes(speed) if self._unit == BYTES else f"{speed:.1f} {self._unit}"
+        return Text(f"{shown}/s" if speed else "", style="cyan")

@@ -28,7 +28,7 @@ from featstore.cli.options import (
     parse_timesteps,
 )
 from featstore.pipelines.extract import ExtractReport, execute
-from featstore.pipelines.plan import ExtractConfig, Plan, make_plan
+from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan
 from featstore.techniques import SteeringOptions
 
 _SHOWN_FAILURES = 20
@@ -80,13 +80,31 @@ def extract(
         bool, typer.Option("--allow-pickle", help="Read weights from pickles too, which can run code.")
     ] = False,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="TYPE", help="float16 or float32, on disk.")
+        str,
+        typer.Option(
+            "--precision", metavar="TYPE", help="float16, float32, or int8 with a scale an image and channel, on disk."
+        ),
     ] = "float16",
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--reduce",
+            metavar="pca:N",
+            help="Project layers of more than N channels onto N, fitted on the data set's first images.",
+        ),
+    ] = None,
+    compress: Annotated[
+        bool,
+        typer.Option("--compress", help="Put the maps of new runs behind zstd: lossless, slower, seldom 15 % smaller."),
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", metavar="N", help="Rows of every forward pass of new runs; default: what fits."),
     ] = None,
     device: DeviceOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Compute everything asked for anew, in the place of what is there.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
     store: StoreOption = DEFAULT_STORE,
     dataset_name: DatasetNameOption = None,
@@ -105,6 +123,8 @@ def extract(
     `featstore extract --dataset toyhorse --techniques prompt,controlnet,lora`
 
     `featstore extract --dataset folder:photos --techniques basic --model reference --dry-run`
+
+    `featstore extract --dataset toyhorse --techniques prompt --precision int8 --reduce pca:32`
     """
     config = ExtractConfig(
         dataset=dataset,
@@ -117,6 +137,8 @@ def extract(
         split=split,
         limit=limit,
         precision=precision,
+        reduce=reduce,
+        compress=compress,
         batch_size=batch_size,
         device=device,
         steering=SteeringOptions(
@@ -134,6 +156,7 @@ def extract(
         seed=seed,
         data_root=data_root,
         dataset_name=dataset_name,
+        overwrite=overwrite,
     )
     plan = make_plan(config)
     if dry_run and as_json:
@@ -159,12 +182,30 @@ def print_plan(plan: Plan, *, to: Console) -> None:
         todo = int(run.todo.sum())
         line = f"  {run.recipe.technique} t{run.recipe.timestep:03d}: "
         line += f"{len(plan.wanted) - todo} cached, {todo} to compute"
-        console.say(line + (f", {console.human_bytes(run.bytes_todo)}" if todo else ""), to=to)
+        most = "at most " if plan.compressed(run) else ""
+        console.say(line + (f", {most}{console.human_bytes(run.bytes_todo)}" if todo else ""), to=to)
+        if plan.config.compress and not most:
+            console.say("    was created without --compress, and goes on so", to=to)
+        if run.recipe.components:
+            _print_reduction(run, to=to)
     if plan.passes_todo:
         known = plan.seconds is not None
         time = f"about {console.human_seconds(plan.seconds or 0.0)}" if known else "time not known yet on this machine"
-        total = f"{_count(plan.passes_todo, 'pass', 'passes')}, {console.human_bytes(plan.bytes_todo)}, {time}"
-        console.say(f"  in all {total}", to=to)
+        fitting = f" and {plan.fit_passes} to fit what reduces channels" if plan.fit_passes else ""
+        most = "at most " if any(map(plan.compressed, plan.runs)) else ""
+        total = f"{_count(plan.passes_todo, 'pass', 'passes')}{fitting}, {most}{console.human_bytes(plan.bytes_todo)}"
+        console.say(f"  in all {total}, {time}", to=to)
+
+
+def _print_reduction(run: PlannedRun, *, to: Console) -> None:
+    """Say which layers are reduced, and what that costs."""
+    whole = [name for name in run.layers if name not in run.reduced]
+    parts = [f"{len(run.reduced)} of {_count(len(run.layers), 'layer')} reduced to {run.recipe.components} channels"]
+    if run.fit_images:
+        parts.append(f"fitted on {_count(run.fit_images, 'image')}, a pass each")
+    if whole:
+        parts.append(f"as they are: {', '.join(whole)}")
+    console.say(f"    {'; '.join(parts)}", to=to)
 
 
 def print_report(report: ExtractReport) -> None:
@@ -175,6 +216,11 @@ def print_report(report: ExtractReport) -> None:
         console.say(f"{passes} stored in {report.seconds:.1f} s ({rate:.1f} a second)")
     else:
         console.say("nothing was stored" if report.failed else "nothing to compute: the store has it all")
+    for outcome in report.outcomes:
+        recipe = outcome.planned.recipe
+        for layer, one in outcome.reduced.items():
+            line = f"{recipe.technique} t{recipe.timestep:03d} {layer}: {one['channels']} channels reduced to "
+            console.say(f"{line}{recipe.components}, {100 * one['explained']:.1f} % of the variance kept")
     failed = list(report.failed.items())
     for key, reason in failed[:_SHOWN_FAILURES]:
         console.say(("failed", "red"), f" {key}: {reason}")

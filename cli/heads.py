@@ -9,7 +9,10 @@ import typer
 
 from featstore.cli import console
 from featstore.cli.options import (
+    DEFAULT_CACHE_BYTES,
     DEFAULT_STORE,
+    CacheBytesOption,
+    CacheOption,
     DataRootOption,
     DatasetNameOption,
     DatasetOption,
@@ -22,8 +25,10 @@ from featstore.cli.options import (
     StoreOption,
     TechniquesOption,
     TimestepsOption,
+    parse_bytes,
     parse_timesteps,
 )
+from featstore.cli.selection import RunOption
 from featstore.pipelines.reading import BucketConfig
 from featstore.pipelines.train_head import TrainHeadConfig
 from featstore.pipelines.train_head import train_head as train
@@ -56,7 +61,10 @@ def train_head(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the head's files.")] = Path("heads/head"),
     store: StoreOption = DEFAULT_STORE,
     dataset_name: DatasetNameOption = None,
+    run: RunOption = None,
     data_root: DataRootOption = None,
+    cache: CacheOption = None,
+    cache_bytes: CacheBytesOption = DEFAULT_CACHE_BYTES,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -78,6 +86,9 @@ def train_head(
             layers=layers,
             data_root=data_root,
             dataset_name=dataset_name,
+            fingerprints=tuple(run or ()),
+            cache=cache,
+            cache_bytes=parse_bytes(cache_bytes),
         ),
         task=task,
         assigners=assigners,
@@ -90,6 +101,9 @@ def train_head(
         seed=seed,
     )
     report = train(config, console.Bar())
+    if report.cache_use is not None:
+        hit, missed = (console.human_bytes(n) for n in (report.cache_use.hit_bytes, report.cache_use.missed_bytes))
+        console.say(f"cache: {hit} read from {cache}, {missed} fetched")
     if as_json:
         console.print_json(report.to_json())
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,13 @@ import typer
 from featstore.errors import BadRequestError
 
 StoreOption = Annotated[
-    str, typer.Option("--store", envvar="FEATSTORE_STORE", metavar="URL", help="The feature store, a local path.")
+    str,
+    typer.Option(
+        "--store",
+        envvar="FEATSTORE_STORE",
+        metavar="URL",
+        help="The feature store: a path, s3://, gs://, az:// or http://.",
+    ),
 ]
 JsonOption = Annotated[
     bool,
@@ -65,6 +73,19 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1..; default: a GPU where there is one."),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        envvar="FEATSTORE_CACHE",
+        metavar="DIR",
+        help="Keep what is read of a remote store in this folder and read it there the next time.",
+        show_default=False,
+    ),
+]
+CacheBytesOption = Annotated[
+    str, typer.Option("--cache-bytes", metavar="SIZE", help="Bytes that the cache never exceeds, e.g. 20GB.")
+]
 
 ImageSizeOption = Annotated[
     str | None,
@@ -72,6 +93,8 @@ ImageSizeOption = Annotated[
 ]
 
 DEFAULT_STORE = "features.zarr"
+DEFAULT_CACHE_BYTES = "50GB"
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
@@ -86,6 +109,20 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
         raise BadRequestError(
             f"timesteps {text!r} are not integers separated by commas", hint="as in --timesteps 50,200"
         ) from None
+
+
+def parse_bytes(text: str) -> int:
+    """``20GB`` as a number of bytes; units are decimal, or binary as in ``20GiB``.
+
+    Raises:
+        BadRequestError: if it is no positive size.
+    """
+    match = _BYTES.fullmatch(text.strip())
+    power = "kmgt".index(match[2].lower()) + 1 if match and match[2] else 0
+    size_bytes = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size_bytes < 1:
+        raise BadRequestError(f"{text!r} is no size in bytes", hint="as in --cache-bytes 20GB, 512MiB or 1000000")
+    return size_bytes
 
 
 def parse_image_size(text: str | None) -> int | tuple[int, int] | None:

@@ -9,7 +9,10 @@ import typer
 
 from featstore.cli import console
 from featstore.cli.options import (
+    DEFAULT_CACHE_BYTES,
     DEFAULT_STORE,
+    CacheBytesOption,
+    CacheOption,
     DataRootOption,
     DatasetNameOption,
     DatasetOption,
@@ -21,8 +24,10 @@ from featstore.cli.options import (
     StoreOption,
     TechniquesOption,
     TimestepsOption,
+    parse_bytes,
     parse_timesteps,
 )
+from featstore.cli.selection import RunOption
 from featstore.pipelines.reading import BucketConfig
 from featstore.pipelines.show import ShowConfig
 from featstore.pipelines.show import show as make_picture
@@ -42,7 +47,10 @@ def show(
     layers: LayersOption = None,
     store: StoreOption = DEFAULT_STORE,
     dataset_name: DatasetNameOption = None,
+    run: RunOption = None,
     data_root: DataRootOption = None,
+    cache: CacheOption = None,
+    cache_bytes: CacheBytesOption = DEFAULT_CACHE_BYTES,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -60,6 +68,9 @@ def show(
         layers=layers,
         data_root=data_root,
         dataset_name=dataset_name,
+        fingerprints=tuple(run or ()),
+        cache=cache,
+        cache_bytes=parse_bytes(cache_bytes),
     )
     path = make_picture(ShowConfig(bucket=bucket, keys=tuple(key or ()), count=count, out=out, seed=seed))
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import featstore.techniques
 from featstore.datasets import Dataset
 from featstore.errors import BadRequestError, FeatstoreError, NotCommittedError, NotFoundError, unknown_name
 from featstore.store import Run, StoredDataset
+from featstore.store.cached import DEFAULT_BYTES, CachedObjects, CacheUse
 
 ATTENTION_PREFIX = "attn-"
 _DEFAULT_PRECISION = "float16"
@@ -41,6 +42,12 @@ class BucketConfig:
     """Where data sets lie."""
     dataset_name: str | None = None
     """Name of the data set in the store; None: the data set's own."""
+    fingerprints: tuple[str, ...] = ()
+    """First digits of the fingerprints of runs that have to be told apart from others that fit."""
+    cache: Path | None = None
+    """Folder of a cache through which a remote store is read."""
+    cache_bytes: int = DEFAULT_BYTES
+    """Bytes that the cache never exceeds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,12 @@ class OpenBucket:
         """The run that attention features are taken from: with the most parts in its expression, the first of them."""
         parts = [run.recipe.technique.count("+") for run in self.runs]
         return parts.index(max(parts))
+
+    @property
+    def cache_use(self) -> CacheUse | None:
+        """What reading through a cache took from it so far; None without one."""
+        objects = self.stored.objects
+        return objects.use if isinstance(objects, CachedObjects) else None
 
     def complete(self) -> np.ndarray:
         """Mask (N,) over the store's rows: True where every run has every layer of today's image."""
@@ -108,6 +121,7 @@ class OpenBucket:
             "--denoise-from": None if recipe.denoise_from is None else str(recipe.denoise_from),
             "--noise-ensemble": str(recipe.noise_ensemble) if recipe.noise_ensemble > 1 else None,
             "--precision": recipe.precision if recipe.precision != _DEFAULT_PRECISION else None,
+            "--reduce": f"pca:{recipe.components}" if recipe.components else None,
             "--seed": str(recipe.seed) if recipe.seed else None,
         }
         return extract_command(config, **options)
@@ -149,12 +163,13 @@ def open_bucket(config: BucketConfig) -> OpenBucket:
     dataset = featstore.datasets.resolve(config.dataset, data_root=config.data_root)
     hint = f"run: {extract_command(config)}"
     try:
-        store = featstore.store.open(config.store)
+        store = featstore.store.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
         stored = store.dataset(config.dataset_name or dataset.info.name)
         runs = stored.bucket(
             [technique.expression for technique in techniques],
             timesteps=config.timesteps,
             model=None if config.model is None else model_name(config.model),
+            fingerprints=config.fingerprints,
         ).runs
     except NotFoundError as error:
         raise NotCommittedError(str(error), hint=hint) from error
@@ -175,7 +190,7 @@ def _layer_names(runs: Sequence[Run], config: BucketConfig) -> list[str]:
     """Names of the layers asked for; all that the runs have in common if none are."""
     first, *others = runs
     common = [name for name in first.layers if all(name in run.layers for run in others)]
-    names = common if config.layers is None else _expand(config.layers, common, config.model or first.recipe.model)
+    names = common if config.layers is None else expand_names(config.layers, common, config.model or first.recipe.model)
     hint = f"run: {extract_command(config)}"
     for name in names:
         if name not in common:
@@ -187,10 +202,10 @@ def _layer_names(runs: Sequence[Run], config: BucketConfig) -> list[str]:
     return names
 
 
-def _expand(text: str, common: Sequence[str], model: str) -> list[str]:
+def expand_names(text: str, known: Iterable[str], model: str) -> list[str]:
     """The names of a comma list of layers and presets; presets need the model's configuration at hand."""
     names = [name.strip() for name in text.split(",")]
-    if all(name in common for name in names):
+    if all(name in set(known) for name in names):
         return list(dict.fromkeys(names))
     try:
         presets = featstore.models.describe(model).presets
