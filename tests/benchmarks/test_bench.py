@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from featstore.cli.app import app
 from featstore.errors import BadRequestError
-from featstore.pipelines.bench import BenchConfig, bench
+from featstore.pipelines.bench import BenchConfig, bench, engines
+from featstore.pipelines.bench.engines import ENGINES
+from featstore.pipelines.bench.storage import OPERATIONS
 from featstore.pipelines.bench.timing import in_turn
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -37,10 +41,62 @@ def test_extract_beside_bare_passes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_store_beside_loose_files(tmp_path):
-    figures = bench(("store",), BenchConfig(images=4, repeats=1, beside=tmp_path / "s.zarr"))["store"]
+def test_store_beside_other_engines(tmp_path):
+    figures = bench(("store",), BenchConfig(images=4, repeats=2, beside=tmp_path / "s.zarr"))["store"]
+    shapes, missing = figures.pop("shapes"), figures.pop("missing")
     check(figures, ["megabytes", "write_ratio", "read_ratio"])
-    assert figures["megabytes"] == pytest.approx(4 * 320 * 64 * 64 * 2 / 1e6)
+    assert missing == {}
+    assert figures["megabytes"] == pytest.approx(4 * (1280 * 16**2 + 640 * 32**2 + 320 * 64**2) * 2 / 1e6)
+    assert [list(maps) for maps in shapes["sd15"]["layers"].values()] == [[1280, 16, 16], [640, 32, 32], [320, 64, 64]]
+    assert len(shapes["reference"]["layers"]) == 6
+    for shape in shapes.values():
+        check({name: shape[name] for name in ("megabytes", "images", "dask_cost", "dask_compute_cost")}, ["dask_cost"])
+        assert set(shape["engines"]) == set(ENGINES) - {engines.REFERENCE}
+        check(shape["npy"], OPERATIONS)
+        for name, found in shape["engines"].items():
+            measured = set(found) - {"checksum"}
+            kind = engines.load()[0][name]
+            assert measured == set(OPERATIONS) - (set() if kind.can_sync else {"write_fsync"})
+            for operation in measured:
+                check(found[operation], ["ratio", "ratios", "megabytes_per_second", "npy_megabytes_per_second"])
+                assert len(found[operation]["ratios"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+LAYERS = {
+    layer: np.random.default_rng(0).standard_normal((7, *shape)).astype(np.float16)
+    for layer, shape in {"a": (3, 4, 4), "b": (2, 8, 8)}.items()
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("sync", [False, True])
+def test_engines_read_what_they_wrote(tmp_path, name, sync):
+    """Otherwise their speed would say nothing."""
+    engine = engines.load()[0][name](tmp_path, LAYERS, block=3, sync=sync)
+    engine.write()
+    for layer, maps in LAYERS.items():
+        for row in (5, 0):
+            np.testing.assert_array_equal(np.asarray(engine.single(layer, row)).reshape(maps.shape[1:]), maps[row])
+        np.testing.assert_array_equal(np.stack(list(engine.batch(layer, [4, 1, 6]))), maps[[4, 1, 6]])
+        blocks = [engine.read_block(layer, block) for block in range(engine.n_blocks)]
+        np.testing.assert_array_equal(np.concatenate(blocks), maps)
+        lazy = engine.lazy(layer)
+        assert lazy.numblocks[0] == engine.n_blocks
+        np.testing.assert_array_equal(lazy.compute(scheduler="synchronous"), maps)
+    engine.scan()
+    engine.close()
+
+
+def test_an_engine_that_is_not_installed_is_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    words = ["bench", "store", "--images", "2", "--repeats", "1", "--store", str(tmp_path / "s.zarr")]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0
+    (line, again) = (text for text in shown.stdout.splitlines() if text.startswith("tensorstore"))
+    assert line.split() == again.split()
+    assert "not installed" in line
+    assert "pip install tensorstore" in line
 
 
 def test_head_in_a_process_of_its_own(tmp_path, monkeypatch):
@@ -62,6 +118,8 @@ def test_the_command_prints_a_table_and_json(tmp_path):
     words = ["bench", "store", "--images", "2", "--repeats", "1", "--store", str(tmp_path / "s.zarr")]
     table = CliRunner().invoke(app, words).stdout
     assert "write ratio" in table
+    for name in ENGINES:
+        assert sum(line.startswith(name) for line in table.splitlines()) == 2
     value = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert set(value) == {"store"}
 
