@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import shutil
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.errors import BadRequestError, NotFoundError, StorageError
 from featstore.pipelines.guided_diffusion import Architecture, architecture, odd_key, origins, rows_of_part
+from featstore.pipelines.whole_folder import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -130,16 +129,11 @@ def _write(
     unet.load_state_dict(_renamed(state, made, unet.state_dict(), config.head_channels), assign=True)
     learned = made.out_channels > made.in_channels
     scheduler = DDPMScheduler(**_SCHEDULE, variance_type="learned_range" if learned else "fixed_large")
-    partial = config.folder.with_name(f"{config.folder.name}.{uuid.uuid4().hex}.partial")
     try:
-        with quiet():
-            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(partial, safe_serialization=True)
-        partial.replace(config.folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | safetensors.SafetensorError):
-            raise StorageError(f"{config.folder} cannot be written: {error}") from error
-        raise
+        with whole_folder(config.folder) as folder, quiet():
+            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(f"{config.folder} cannot be written: {error}") from error
     return sum(parameter.numel() for parameter in unet.parameters())
 
 

@@ -21,6 +21,7 @@ from featstore.pipelines.reading import BucketConfig, OpenBucket, open_bucket
 
 if TYPE_CHECKING:
     from featstore.heads import SegmentationResult
+    from featstore.store.cached import CacheUse
 
 TASKS = ("segmentation",)
 METRICS = ("miou", "accuracy")
@@ -85,6 +86,8 @@ class TrainHeadReport:
     """The result of each split."""
     seconds: float
     head: Path | None
+    cache_use: CacheUse | None = None
+    """What a cache saved; None without one."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON."""
@@ -130,6 +133,7 @@ def train_head(config: TrainHeadConfig, progress: Progress | None = None) -> Tra
         results=tuple(results),
         seconds=time.perf_counter() - start,
         head=None if config.out is None else _save(config, config.out, results[0], metrics),
+        cache_use=bucket.cache_use,
     )
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from featstore.errors import BadRequestError, IncompatibleError
-from featstore.recipe import Recipe, canonical_json, slug
+from featstore.recipe import Recipe, canonical_json, pca_of, slug
 
 
 def recipe(**changes):
@@ -42,7 +42,8 @@ def test_the_fingerprint_is_the_sha256_of_the_sorted_json():
         {"width_px": 128},
         {"compute_dtype": "float16"},
         {"precision": "float32"},
-        {"meaning": 3},
+        {"reduce": pca_of(16, "ef" * 32)},
+        {"meaning": 0},
     ],
 )
 def test_everything_in_a_recipe_changes_its_fingerprint(change):
@@ -74,6 +75,25 @@ def test_a_timestep_outside_the_schedule_is_refused(timestep):
 def test_values_outside_the_allowed_are_named(change):
     with pytest.raises(BadRequestError, match=next(iter(change.values()))):
         recipe(**change)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"method": "pca", "components": 16},
+        {"method": "svd", "components": 16, "sample": "ef" * 32},
+        {"method": "pca", "components": 0, "sample": "ef" * 32},
+        {"method": "pca", "components": "16", "sample": "ef" * 32},
+        {"method": "pca", "components": 16, "sample": "ef"},
+        {"method": "pca", "components": 16, "sample": "ef" * 32, "more": 1},
+    ],
+)
+def test_a_reduction_is_a_pca_of_a_sample_that_has_a_digest(value):
+    with pytest.raises(BadRequestError, match="PCA"):
+        recipe(reduce=value)
+    assert recipe(reduce=pca_of(16, "ef" * 32)).components == 16
+    assert recipe().components == 0
 
 
 def test_what_cannot_be_digested_is_refused():

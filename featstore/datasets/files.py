@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from featstore import cache
@@ -84,7 +84,13 @@ class FileDataset(Dataset):
             raise unknown_name("image", key, self._by_key) from None
 
 
-def file_digests(root: Path, paths: Sequence[Path], *, cache_from_bytes: int = CACHE_FROM_BYTES) -> list[str]:
+def file_digests(
+    root: Path,
+    paths: Sequence[Path],
+    *,
+    cache_from_bytes: int = CACHE_FROM_BYTES,
+    advance: Callable[[], None] | None = None,
+) -> list[str]:
     """SHA-256 (hex) of each file's bytes.
 
     A file that cannot be read gets a digest that no file has: it stays a sample, fails when it is
@@ -94,7 +100,9 @@ def file_digests(root: Path, paths: Sequence[Path], *, cache_from_bytes: int = C
         root: folder that the files are below; names the cache entry.
         paths: the files.
         cache_from_bytes: from how many bytes in all the digests are kept and looked up in the cache.
+        advance: called once for each file, when its digest is known.
     """
+    advance = advance or (lambda: None)
     stats = [_stat(path) for path in paths]
     use_cache = sum(size for size, *_ in stats) >= cache_from_bytes
     identity = str(root.absolute())
@@ -106,12 +114,14 @@ def file_digests(root: Path, paths: Sequence[Path], *, cache_from_bytes: int = C
         entry = known.get(name)
         if isinstance(entry, list) and len(entry) == 4 and tuple(entry[:3]) == stat:
             digests.append(entry[3])
+            advance()
         else:
             digests.append(None)
     missing = [index for index, digest in enumerate(digests) if digest is None]
     with concurrent.futures.ThreadPoolExecutor(max_workers=_HASHING_THREADS) as pool:
         for index, digest in zip(missing, pool.map(lambda index: _digest(paths[index]), missing), strict=True):
             digests[index] = digest
+            advance()
     if use_cache and missing:
         settled_before_ns = time.time_ns() - _SETTLED_SECONDS * 10**9
         # A file touched just now may change again within the same clock tick: it is hashed once more.

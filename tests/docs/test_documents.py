@@ -29,6 +29,7 @@ NOT_RUN = {
     "make install": "is a part of `make test`",
     "featstore demo": "takes minutes; tests/pipelines/test_demo.py runs it in small",
     "featstore bench": "takes minutes; tests/benchmarks runs it in small",
+    "featstore serve": "runs until it is stopped; tests/cli/test_serve.py runs it",
     "featstore convert-ddpm": "needs a checkpoint of 2 GB; tests/cli/test_convert_ddpm.py runs it in small",
     "python -m featstore.pipelines.train_reference": "takes hours; tests/pipelines/reference runs it in small",
     "python -m featstore.pipelines.reference.compare": "takes minutes; tests/pipelines/reference runs it in small",
@@ -69,7 +70,7 @@ def steps():
 
 
 @pytest.fixture
-def workplace(weights_root, photos, blip, tmp_path, monkeypatch):
+def workplace(weights_root, photos, blip, lab_bucket, tmp_path, monkeypatch):
     """What the documents take for granted: photos, models' folders, a LoRA, a captioner, a downloaded data set."""
     monkeypatch.chdir(tmp_path)
     # A copy, because `train-lora` writes there.
@@ -96,6 +97,12 @@ def workplace(weights_root, photos, blip, tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
         np.save(folder / f"{index}.npy", rng.integers(0, 21, (64, 64), dtype=np.uint8))
+    for layer in ("up-level1-upsampler-out", "attn"):
+        Path("seed-features", layer).mkdir(parents=True)
+        for split in ("train", "test"):
+            for position in range(2):
+                array = rng.standard_normal((4, 8, 8)).astype(np.float16)
+                np.save(Path("seed-features", layer, f"{split}{position}.npy"), array)
     assert photos == tmp_path / "photos"
     return tmp_path
 
