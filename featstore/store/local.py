@@ -12,7 +12,7 @@ import fcntl
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from featstore.errors import CorruptError, FeatstoreError, NotFoundError, StorageError
 from featstore.store import hints, partial
+from featstore.store.crc import crc32c_cached
 from featstore.store.objects import INTERNAL, Objects, Snapshot, check_key
 
 _LOCKS = 64
@@ -78,6 +79,24 @@ class LocalSnapshot(Snapshot):
         os.close(self._fd)
 
     @override
+    def read_summed(self, offset: int, target: memoryview, rest: memoryview) -> int:
+        crc, end = 0, len(target)
+        for at in range(0, end, _PIECE_BYTES):
+            piece = target[at : at + _PIECE_BYTES]
+            last = at + len(piece) == end
+            wanted = len(piece) + (len(rest) if last else 0)
+            if self._read_once(offset + at, (piece, rest) if last else (piece,)) != wanted:
+                return super().read_summed(offset, target, rest)  # Cut short by a signal, or the file ends.
+            crc = crc32c_cached(piece, crc)
+        return crc
+
+    def _read_once(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        try:
+            return os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            raise storage_error("read", self._path, error) from error
+
+    @override
     def read(self, offset: int, length: int) -> bytes:
         try:
             data = os.pread(self._fd, length, offset)
@@ -89,10 +108,7 @@ class LocalSnapshot(Snapshot):
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         todo, left = buffers, sum(map(len, buffers))
         while left:
-            try:
-                count = os.preadv(self._fd, todo[:_IOV_MAX], offset)
-            except OSError as error:
-                raise storage_error("read", self._path, error) from error
+            count = self._read_once(offset, todo[:_IOV_MAX])
             if count == 0:
                 raise CorruptError(f"{self._path!r} ends at byte {offset}, before what it should hold")
             offset += count
@@ -119,6 +135,8 @@ class LocalObjects(Objects):
         root: the folder.
         durable: False leaves out every fsync, for measurements only.
     """
+
+    lock_reaches_all = True
 
     def __init__(self, root: Path, *, durable: bool = True) -> None:
         super().__init__(str(root))
@@ -188,6 +206,10 @@ class LocalObjects(Objects):
         return self._put(key, buffers, os.replace, durable=durable)
 
     @override
+    def put_parts(self, key: str, parts: Iterable[bytes | memoryview]) -> int:
+        return self._put(key, parts, os.replace)
+
+    @override
     def put_unsettled(self, key: str, *buffers: bytes | memoryview) -> int:
         return self._put(key, buffers, os.replace, settled=False)
 
@@ -213,7 +235,7 @@ class LocalObjects(Objects):
     def _put(
         self,
         key: str,
-        buffers: Sequence[bytes | memoryview],
+        buffers: Iterable[bytes | memoryview],
         publish: Callable[[str, str], object],
         *,
         durable: bool = True,
@@ -346,37 +368,35 @@ def _link(temporary: str, path: str) -> None:
         os.replace(temporary, path)
 
 
-def _write(path: str, buffers: Sequence[bytes | memoryview], *, durable: bool) -> int:
+def _write(path: str, buffers: Iterable[bytes | memoryview], *, durable: bool) -> int:
     """Write ``buffers`` to the new file ``path`` and return their length in bytes."""
-    todo = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    total = sum(map(len, todo))
     fd = os.open(path, _WRITE_NEW, 0o666)
     try:
         at = begun = 0
-        for piece in _pieces(todo):
+        for piece in _pieces(buffers):
             left = piece
             while left:
                 count = os.writev(fd, left)
                 left = _after(left, count)
                 at += count
-            if durable and begun + _STRETCH_BYTES <= at < total:
+            if durable and begun + _STRETCH_BYTES <= at:
                 hints.begin_writing_back(fd, begun, at - begun)
                 begun = at
         if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
-    return total
+    return at
 
 
-def _pieces(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+def _pieces(buffers: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
     """``buffers``, cut where `_WRITE_BYTES` are full, or as many parts as one call takes."""
     piece: list[memoryview] = []
     room = _WRITE_BYTES
     for buffer in buffers:
-        at = 0
-        while at < len(buffer):
-            part = buffer[at : at + room]
+        data, at = memoryview(buffer).cast("B"), 0
+        while at < len(data):
+            part = data[at : at + room]
             piece.append(part)
             at += len(part)
             room -= len(part)

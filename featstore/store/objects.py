@@ -7,11 +7,12 @@ a bucket and a server are the same to it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Self, TypeVar
 
 from featstore.errors import BadRequestError, CorruptError, ReplacedError
+from featstore.store.crc import crc32c
 
 INTERNAL = ".featstore"
 """First level of the keys of leases, locks and unfinished files; it holds nothing that features depend on."""
@@ -75,6 +76,11 @@ class Snapshot(abc.ABC):
         for offset, buffers in extents:
             self.read_into(offset, buffers)
 
+    def read_summed(self, offset: int, target: memoryview, rest: memoryview) -> int:
+        """`read_into` of ``target`` and then ``rest``; the crc32c of what is in ``target``."""
+        self.read_into(offset, [target, rest])
+        return crc32c(target)
+
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``; errors of `read_into`."""
         out = bytearray(length)
@@ -102,6 +108,8 @@ class Objects(abc.ABC):
     """Whether nothing can ever be put here, as over HTTP."""
     can_list = True
     """Whether `names` works."""
+    lock_reaches_all = False
+    """Whether `lock` holds among all who may write here, and not only among the threads of this process."""
     parallel_reads = 1
     """Reads that are best under way at once: 1 where they are copies from memory, more where they are requests."""
 
@@ -177,6 +185,10 @@ class Objects(abc.ABC):
         Raises:
             StorageError: if the disk or the other side fails or refuses; the old object, if any, is then untouched.
         """
+
+    def put_parts(self, key: str, parts: Iterable[bytes | memoryview]) -> int:
+        """`put` of parts that are taken one after the other, each when its turn has come; errors of `put`."""
+        return self.put(key, *parts)
 
     def put_unsettled(self, key: str, *buffers: bytes | memoryview) -> int:
         """`put`, but until `settle` a power cut may bring back what was there before, whole; errors of `put`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ from featstore.store.objects import Objects, Snapshot
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
 _PLACE_BYTES = 8
+_PIECE_BYTES = 512 << 10
+_SMALL_BYTES = 64 << 10
 
 
 class Index(NamedTuple):
@@ -50,8 +52,11 @@ def checksum(data: bytes | memoryview) -> bytes:
     return int(crc32c(data)).to_bytes(CRC_BYTES, "little")
 
 
-def encode(images: Mapping[int, memoryview], record: npt.NDArray[np.uint64], key: str) -> list[bytes | memoryview]:
-    """A shard, as buffers to be written one after the other.
+def encode(images: Mapping[int, memoryview], record: npt.NDArray[np.uint64], key: str) -> Iterator[bytes | memoryview]:
+    """A shard, in parts to be written one after the other.
+
+    Large images come in pieces, each checksummed right before: whoever writes it finds it in the processor's cache.
+    Small ones come joined: copying them costs less than naming each to the kernel.
 
     Args:
         images: raw bytes of each image that is present, by its place in the block; all of one length.
@@ -60,17 +65,30 @@ def encode(images: Mapping[int, memoryview], record: npt.NDArray[np.uint64], key
     """
     index = np.full((len(record), 2), ABSENT, dtype="<u8")
     label = np.zeros(len(record), dtype="<u8")
-    buffers: list[bytes | memoryview] = []
     slots = sorted(images)
-    if slots:
-        label[slots] = record[slots]
-        length = images[slots[0]].nbytes + CRC_BYTES
-        index[slots, 0] = np.arange(len(slots)) * length
-        index[slots, 1] = length
-        checksums = byte_view(np.array([crc32c(images[slot]) for slot in slots], dtype="<u4"))
-        for number, slot in enumerate(slots):
-            buffers += [images[slot], checksums[number * CRC_BYTES : (number + 1) * CRC_BYTES]]
-    return [*buffers, *tail(label, index, key)]
+    length = CRC_BYTES + (images[slots[0]].nbytes if slots else 0)
+    label[slots] = record[slots]
+    index[slots, 0] = np.arange(len(slots)) * length
+    index[slots, 1] = length
+    if length <= _SMALL_BYTES:
+        at_once = _PIECE_BYTES // length
+        for first in range(0, len(slots), at_once):
+            some = [images[slot] for slot in slots[first : first + at_once]]
+            yield b"".join([part for image in some for part in (image, checksum(image))])
+    else:
+        for slot in slots:
+            yield from _pieces(images[slot])
+    yield from tail(label, index, key)
+
+
+def _pieces(image: memoryview) -> Iterator[bytes | memoryview]:
+    """A large image in pieces, then its crc32c."""
+    crc = 0
+    for at in range(0, len(image), _PIECE_BYTES):
+        piece = image[at : at + _PIECE_BYTES]
+        crc = crc32c(piece, crc)
+        yield piece
+    yield crc.to_bytes(CRC_BYTES, "little")
 
 
 def tail(label: npt.NDArray[np.uint64], index: npt.NDArray[np.uint64], key: str) -> list[bytes]:
@@ -192,7 +210,7 @@ def read_images(
     if snapshot.piece_bytes is None:
         unsound = _read_together(snapshot, order, targets)
     elif len(order) == 1 or (order and targets[0].nbytes > snapshot.piece_bytes):
-        unsound = [n for at, n in order if not _read_one(snapshot, at, targets[n], snapshot.piece_bytes)]
+        unsound = [number for offset, number in order if not _read_one(snapshot, offset, targets[number])]
     else:
         step = max(1, snapshot.piece_bytes // targets[0].nbytes) if order else 1
         parts = (order[first : first + step] for first in range(0, len(order), step))
@@ -202,18 +220,10 @@ def read_images(
     return wrong
 
 
-def _read_one(snapshot: Snapshot, offset: int, target: memoryview, piece_bytes: int) -> bool:
-    """Read one image from ``offset`` on, in pieces; whether its crc32c is the one that follows it."""
-    crc, at = 0, 0
-    while len(target) - at > piece_bytes:
-        piece = target[at : at + piece_bytes]
-        snapshot.read_into(offset + at, [piece])
-        crc = crc32c(piece, crc)
-        at += piece_bytes
+def _read_one(snapshot: Snapshot, offset: int, target: memoryview) -> bool:
+    """Read one image from ``offset`` on; whether its crc32c is the one that follows it."""
     stored = bytearray(CRC_BYTES)
-    piece = target[at:]
-    snapshot.read_into(offset + at, [piece, memoryview(stored)])
-    return crc32c(piece, crc) == int.from_bytes(stored, "little")
+    return snapshot.read_summed(offset, target, memoryview(stored)) == int.from_bytes(stored, "little")
 
 
 def _read_together(snapshot: Snapshot, order: Sequence[tuple[int, int]], targets: Sequence[memoryview]) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featstore.errors import CorruptError, FeatstoreError, IncompatibleError, NotFoundError
+from featstore.recipe import slug
 from featstore.store import arrays, basis, catalog, layout, metadata
 from featstore.store.dataset import StoredDataset, group_attributes, groups_below
 from featstore.store.findings import UNREADABLE, Findings, check_document
@@ -124,11 +125,19 @@ def _open(dataset: StoredDataset, path: str, findings: Findings) -> Run | None:
             dataset.objects,
             f"{folder}/{layout.ROOT}",
             document,
-            # Two models may have names that make one path, and one document.
-            lambda found, kind=kind: metadata.own(found).get("kind") == kind,  # type: ignore[misc]
+            lambda found, document=document: _is_group(found, document),  # type: ignore[misc]
             findings,
         )
     return run
+
+
+def _is_group(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a group's document is the one that belongs there."""
+    own, own_wanted = metadata.own(found), metadata.own(wanted)
+    if own_wanted["kind"] != "model":
+        return found == metadata.unseal(metadata.seal(wanted), str(own_wanted["kind"]))
+    # Two models may have names that make one path, and one document.
+    return own.get("kind") == "model" and slug(str(own.get("model"))) == slug(own_wanted["model"])
 
 
 def check_run_documents(run: Run, layer: str, findings: Findings) -> None:

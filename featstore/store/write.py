@@ -48,6 +48,8 @@ from featstore.store.precision import Scales
 
 _log = logging.getLogger(__name__)
 
+_TRIES = 3
+
 
 def write_layer_block(
     objects: Objects,
@@ -81,49 +83,96 @@ def write_layer_block(
         CorruptError: if valid rows of this block that are to be kept are broken.
         StorageError: if the disk fails or refuses; the record then still tells the truth.
     """
-    with objects.lock(f"{run}/{layer}/{block}"):
-        record = read_record(objects, run, layer, block, len(wanted))
-        shard_key = layout.shard_key(run, layer, block)
-        images, seals, wrong = _read_old(objects, shard_key, record, image_bytes, packed=packed)
-        kept: dict[int, Scales] = {}
-        if map_scales:
-            scales_key = layout.scales_shard_key(run, layer, block)
-            channels = len(next(iter(map_scales.values())))
-            seals = seals or {slot: shard.checksum(image) for slot, image in images.items()}
-            kept = _read_scales(objects, scales_key, len(record), channels, seals, wrong)
-            images = {slot: images[slot] for slot in kept}
-        broken = [slot for slot in wrong if slot not in maps and record[slot] == wanted[slot]]
-        if broken:
-            raise CorruptError(
-                f"{shard_key} is damaged: place {broken[0]} of the block: {wrong[broken[0]]}", hint=REMEDY
+    written = 0
+    for _ in range(_TRIES):
+        with objects.lock(f"{run}/{layer}/{block}"):
+            fresh, more = _merge(
+                objects,
+                run,
+                layer,
+                block,
+                wanted,
+                maps,
+                image_bytes=image_bytes,
+                map_scales=map_scales,
+                packed=packed,
             )
-        # Rows of an earlier state of an image stay where they are sound: they are true, and valid
-        # again should the image come back.
-        fresh = [slot for slot in maps if slot not in images or record[slot] != wanted[slot]]
-        if not fresh:
-            return 0
-        after = np.zeros_like(record)
-        after[list(images)] = record[list(images)]
-        after[fresh] = wanted[fresh]
-        for slot in fresh:
-            image = shard.byte_view(maps[slot])
-            images[slot] = packing.pack(image) if packed else image
-            if packed or map_scales:
-                seals[slot] = shard.checksum(image)
-        untrue = (record != 0) & (record != after)
-        untrue[list(wrong)] = True
-        if wrong:
-            _log.warning("%s/%s block %d: %d broken rows are replaced or dropped", run, layer, block, len(wrong))
-        written = 0
-        if untrue.any():
-            with completeness.withdrawn(objects, run):
-                written += write_record(objects, run, layer, block, np.where(untrue, np.uint64(0), record))
-        encoded = packing.encode(images, seals, after, shard_key) if packed else shard.encode(images, after, shard_key)
-        written += objects.put(shard_key, *encoded)
-        if map_scales:
-            kept |= {slot: map_scales[slot] for slot in fresh}
-            written += objects.put(scales_key, *scales.encode(kept, seals, len(record)))
-        return written + write_record(objects, run, layer, block, after, settled=False)
+        written += more
+        if _stands(objects, run, layer, block, wanted, fresh):
+            break
+    return written
+
+
+def _merge(
+    objects: Objects,
+    run: str,
+    layer: str,
+    block: int,
+    wanted: Record,
+    maps: Mapping[int, npt.NDArray[Any]],
+    image_bytes: int,
+    map_scales: Mapping[int, Scales] | None,
+    *,
+    packed: bool,
+) -> tuple[list[int], int]:
+    """One turn of `write_layer_block`: places of the rows that were put, and bytes written."""
+    record = read_record(objects, run, layer, block, len(wanted))
+    shard_key = layout.shard_key(run, layer, block)
+    images, seals, wrong = _read_old(objects, shard_key, record, image_bytes, packed=packed)
+    kept: dict[int, Scales] = {}
+    if map_scales:
+        scales_key = layout.scales_shard_key(run, layer, block)
+        channels = len(next(iter(map_scales.values())))
+        seals = seals or {slot: shard.checksum(image) for slot, image in images.items()}
+        kept = _read_scales(objects, scales_key, len(record), channels, seals, wrong)
+        images = {slot: images[slot] for slot in kept}
+    broken = [slot for slot in wrong if slot not in maps and record[slot] == wanted[slot]]
+    if broken:
+        raise CorruptError(f"{shard_key} is damaged: place {broken[0]} of the block: {wrong[broken[0]]}", hint=REMEDY)
+    # Rows of an earlier state of an image stay where they are sound: they are true, and valid
+    # again should the image come back.
+    fresh = [slot for slot in maps if slot not in images or record[slot] != wanted[slot]]
+    if not fresh:
+        return [], 0
+    after = np.zeros_like(record)
+    after[list(images)] = record[list(images)]
+    after[fresh] = wanted[fresh]
+    for slot in fresh:
+        image = shard.byte_view(maps[slot])
+        images[slot] = packing.pack(image) if packed else image
+        if packed or map_scales:
+            seals[slot] = shard.checksum(image)
+    untrue = (record != 0) & (record != after)
+    untrue[list(wrong)] = True
+    if wrong:
+        _log.warning("%s/%s block %d: %d broken rows are replaced or dropped", run, layer, block, len(wrong))
+    written = 0
+    if untrue.any():
+        with completeness.withdrawn(objects, run):
+            written += write_record(objects, run, layer, block, np.where(untrue, np.uint64(0), record))
+    encoded = packing.encode(images, seals, after, shard_key) if packed else shard.encode(images, after, shard_key)
+    written += objects.put_parts(shard_key, encoded)
+    if map_scales:
+        kept |= {slot: map_scales[slot] for slot in fresh}
+        written += objects.put(scales_key, *scales.encode(kept, seals, len(record)))
+    return fresh, written + write_record(objects, run, layer, block, after, settled=False)
+
+
+def _stands(objects: Objects, run: str, layer: str, block: int, wanted: Record, fresh: list[int]) -> bool:
+    """Whether rows that were just put are there, as far as the record says that they are.
+
+    Where nothing locks a block, somebody else may have put a shard without them between our two steps.
+    """
+    if not fresh or objects.lock_reaches_all:
+        return True
+    record = read_record(objects, run, layer, block, len(wanted))
+    claimed = [slot for slot in fresh if record[slot] == wanted[slot]]
+    key = layout.shard_key(run, layer, block)
+    try:
+        label = objects.read_with(key, lambda snapshot: shard.read_index(snapshot, key, len(wanted), None)).label
+    except (NotFoundError, CorruptError):
+        return not claimed
+    return all(label[slot] == wanted[slot] for slot in claimed)
 
 
 def _read_old(

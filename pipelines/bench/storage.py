@@ -159,8 +159,8 @@ def _measure(
 def _turns(config: BenchConfig, progress: Progress, measure: Callable[[int], tuple[float, ...]]) -> Pairs:
     """What ``measure`` gives for each repeat, after one that does not count.
 
-    The first touch of memory, threads and modules is not what is asked for; memory above all, which the host of a virtual
-    machine takes back when it was free for seconds, and which is then ten times as slow to come by.
+    The first touch of memory, threads and modules is not what is asked for; memory above all, which the host of a
+    virtual machine takes back when it was free for seconds, and which is then ten times as slow to come by.
     """
     measure(1)
     pairs = []

@@ -140,8 +140,8 @@ def cut_everywhere(lab, log, monkeypatch, told, *, root, every, randoms, resume_
                 assert comparable(left) == want
                 resumed += 1
     told(
-        f"{len(log)} steps on disk, power cut at every {every}: {cuts} different states of the disk, {named} rows named "
-        f"by records in them, all true; {resumed} states resumed, all to the same bytes"
+        f"{len(log)} steps on disk, power cut at every {every}: {cuts} different states of the disk, {named} rows "
+        f"named by records in them, all true; {resumed} states resumed, all to the same bytes"
     )
     return cuts, resumed
 
