@@ -32,7 +32,7 @@ from typing import Any, Self
 
 from featstore.errors import BusyError, CorruptError, FeatstoreError, NotFoundError
 from featstore.store import partial
-from featstore.store.objects import INTERNAL, Objects
+from featstore.store.objects import INTERNAL, OUTER, Objects
 
 TTL_SECONDS = 120.0
 """Time after which a lease that is not renewed is over. Clocks of machines may differ by less than a third of it."""
@@ -182,7 +182,7 @@ def exclusive(objects: Objects, name: str) -> Iterator[None]:
         StorageError: if the place of the store fails or refuses.
     """
     patient_until = time.monotonic() + 1.5 * TTL_SECONDS
-    with objects.lock(name):
+    with objects.lock(f"{OUTER}{name}"):
         while isinstance(lease := acquire(objects, name, 0), Holder):
             if time.monotonic() > patient_until:
                 raise BusyError(f"{name} is being changed by {lease}", hint="wait until that has ended, and try again")

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +20,8 @@ from typing_extensions import override
 from featstore.errors import CorruptError, FeatstoreError, NotFoundError, StorageError
 from featstore.store import hints, partial
 from featstore.store.crc import crc32c_cached
-from featstore.store.objects import INTERNAL, Objects, Snapshot, check_key
+from featstore.store.objects import INTERNAL, LOCKS, Objects, Snapshot, check_key, lock_number
 
-_LOCKS = 64
 _IOV_MAX = 1024
 _READ = os.O_RDONLY | os.O_CLOEXEC
 # Not mkstemp: a store is shared, so a file's mode follows the umask.
@@ -35,7 +33,7 @@ _WRITE_BYTES = 512 << 10
 virtual machine's host has taken them back since they were last used."""
 _STRETCH_BYTES = 8 << 20
 """Bytes after which the disk is asked to begin, while the next ones are copied."""
-_thread_locks = tuple(threading.Lock() for _ in range(_LOCKS))
+_thread_locks = tuple(threading.Lock() for _ in range(2 * LOCKS))
 
 T = TypeVar("T")
 
@@ -321,7 +319,7 @@ class LocalObjects(Objects):
         so two names may also wait for each other: correct, only slower. On file systems without
         locks it holds among the threads of this process.
         """
-        number = zlib.crc32(name.encode()) % _LOCKS
+        number = lock_number(name)
         path = f"{self._prefix}{INTERNAL}/lock-{number:02d}"
         with _thread_locks[number]:
             try:

@@ -7,6 +7,7 @@ a bucket and a server are the same to it.
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Self, TypeVar
@@ -23,6 +24,17 @@ Extent = tuple[int, Sequence[memoryview]]
 _READ_TRIES = 5
 
 T = TypeVar("T")
+
+
+LOCKS = 64
+"""Locks that names share; twice as many with those that others are held within."""
+OUTER = "outer/"
+"""Beginning of names whose lock may be held while one of another name is taken."""
+
+
+def lock_number(name: str) -> int:
+    """Which of the 2 `LOCKS` locks is that of ``name``; never the same for an outer name and another."""
+    return zlib.crc32(name.encode()) % LOCKS + (LOCKS if name.startswith(OUTER) else 0)
 
 
 def check_key(key: str) -> str:
@@ -224,7 +236,10 @@ class Objects(abc.ABC):
 
     @abc.abstractmethod
     def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold ``name`` among all threads of this process, and further where that is possible. Must not be nested."""
+        """Hold ``name`` among all threads of this process, and further where that is possible.
+
+        Not to be nested, but for names that begin with `OUTER`, within which others may be held.
+        """
 
     @abc.abstractmethod
     def require_writable(self) -> None:

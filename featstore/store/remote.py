@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from typing_extensions import override
 
 from featstore.errors import CorruptError, NotFoundError, StorageError
-from featstore.store.objects import INTERNAL, Objects, check_key
+from featstore.store.objects import INTERNAL, LOCKS, Objects, check_key, lock_number
 from featstore.store.remote_config import RemoteConfig
 from featstore.store.remote_connection import Connection, connection_to
 from featstore.store.remote_errors import CONDITIONAL_HINT, CutOffError, Trouble
@@ -28,7 +27,6 @@ PARTS_AT_ONCE = 4
 _QUICK_BYTES = 1 << 20
 """Objects beyond this length may take longer to upload than a timeout lets a server be silent."""
 _PROBE = f"{INTERNAL}/conditional-put"
-_LOCKS = 64
 
 _locks: dict[str, tuple[threading.Lock, ...]] = {}
 
@@ -207,8 +205,8 @@ class RemoteObjects(Objects):
 
         Names share a few locks: two may wait for each other, which is correct, only slower.
         """
-        locks = _locks.get(self.url) or _locks.setdefault(self.url, tuple(threading.Lock() for _ in range(_LOCKS)))
-        with locks[zlib.crc32(name.encode()) % _LOCKS]:
+        locks = _locks.get(self.url) or _locks.setdefault(self.url, tuple(threading.Lock() for _ in range(2 * LOCKS)))
+        with locks[lock_number(name)]:
             yield
 
     @override

@@ -1,4 +1,4 @@
-"""Several callers of one store, one request at a time, in every order that there is, and with one of them dead anywhere."""
+"""Several callers of one store, a request at a time, in every order there is, and with one of them dead anywhere."""
 
 from __future__ import annotations
 

@@ -261,3 +261,18 @@ def test_where_reads_are_requests_a_block_is_one(filled):
     np.testing.assert_array_equal(far.rows(rows), want["up1"][rows])
     np.testing.assert_array_equal(far.rows(range(150)), want["up1"])
     assert asked == [3, 1, 1, 1]
+
+
+def test_reads_that_the_kernel_cuts_short_are_taken_up_again(wide, monkeypatch):
+    run, values = wide
+    counts = []
+
+    def preadv(fd, buffers, offset, original=os.preadv):
+        part = [memoryview(buffers[0])[: max(1, len(buffers[0]) // 2)]] if len(counts) % 3 else buffers
+        counts.append(original(fd, part, offset))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    np.testing.assert_array_equal(run.numpy("wide", [3]), values[[3]])
+    np.testing.assert_array_equal(run.numpy("wide", [0, 1, 2]), values[:3])
+    assert len(counts) > 20
