@@ -91,7 +91,7 @@ class Snapshot(abc.ABC):
     def read_summed(self, offset: int, target: memoryview, rest: memoryview) -> int:
         """`read_into` of ``target`` and then ``rest``; the crc32c of what is in ``target``."""
         self.read_into(offset, [target, rest])
-        return crc32c(target)
+        return int(crc32c(target))
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``; errors of `read_into`."""
