@@ -28,7 +28,8 @@ them again, so two processes that computed the same block on different devices (
 only) cannot change what a reader has seen. So bytes under an unchanged record value never change.
 
 The lock makes this read-merge-write one step among threads and processes of a machine. Across
-machines the last writer of a block wins as a whole, shard and record apart; leases will prevent that.
+machines two extractions are kept off each other's blocks by leases (`featstore.store.leases`); should one outlive
+its lease, the last writer of a block wins as a whole, and `_stands` puts again what the other's shard left out.
 """
 
 from __future__ import annotations

@@ -132,6 +132,8 @@ def do(job):
         os.setgroups([])
         os.setgid(job["uid"])
         os.setuid(job["uid"])
+    if job.get("probe"):
+        return {"error": None, "outcomes": probe(job)}
     if job.get("file_limit_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit_bytes"], resource.RLIM_INFINITY))
     begin = time.perf_counter()
@@ -163,6 +165,18 @@ def copy(job):
     say({"filling": True})
     transfer(plan, target, lambda _: None)
     return {"error": None, "seconds": time.perf_counter() - begin}
+
+
+def probe(job):
+    """Everything that one can do with a store, in little memory and time."""
+    from probe import everything
+
+    everything("/nonexistent")  # What is imported late, is so now.
+    # The room that the process has taken until now, in pages.
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + job["memory_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"],) * 2)
+    return everything(job["url"], write=job["write"])
 
 
 def say(value):
