@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from featstore.datasets import Dataset
 from featstore.errors import BadRequestError, FeatstoreError, NotCommittedError, NotFoundError, unknown_name
 from featstore.store import Run, StoredDataset
 from featstore.store.cached import DEFAULT_BYTES, CachedObjects, CacheUse
+
+if TYPE_CHECKING:
+    from featstore.heads import Features
 
 ATTENTION_PREFIX = "attn-"
 _DEFAULT_PRECISION = "float16"
@@ -72,6 +76,21 @@ class OpenBucket:
         """The run that attention features are taken from: with the most parts in its expression, the first of them."""
         parts = [run.recipe.technique.count("+") for run in self.runs]
         return parts.index(max(parts))
+
+    def features(self, chosen: np.ndarray) -> Features:
+        """The lazy features of all images, of which ``chosen`` (N,) bool are read; see `Run.lazy`."""
+        from featstore.heads import Beside, Features, RunRef
+
+        runs = [
+            RunRef(name=name, fingerprint=run.fingerprint) for name, run in zip(self.titles, self.runs, strict=True)
+        ]
+        steered = self.runs[self.most_steered]
+        attention = {name: steered.lazy(name, chosen) for name in self.attention}
+        return Features(
+            maps=[{name: run.lazy(name, chosen) for name in self.maps} for run in self.runs],
+            runs=runs,
+            beside=[Beside(run=runs[self.most_steered], layers=attention)] if attention else [],
+        )
 
     @property
     def cache_use(self) -> CacheUse | None:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featstore.datasets.base import Dataset, DatasetInfo, Sample, UnreadableImageError, resize_mask
+from featstore.datasets.base import (
+    Dataset,
+    DatasetInfo,
+    Keypoints,
+    Pair,
+    Sample,
+    UnreadableImageError,
+    resize_mask,
+)
 from featstore.datasets.embedded import ENTRY as _TOYHORSE
 from featstore.datasets.entries import DATA_ROOT_VARIABLE, DATASETS, DatasetEntry, resolve_data_root
 from featstore.datasets.folder import ENTRY as _FOLDER
@@ -21,6 +29,8 @@ __all__ = [
     "Dataset",
     "DatasetEntry",
     "DatasetInfo",
+    "Keypoints",
+    "Pair",
     "Sample",
     "UnreadableImageError",
     "resize_mask",

@@ -42,6 +42,34 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Keypoints:
+    """Named points of the one object that an image is annotated with."""
+
+    names: tuple[str, ...]
+    """P names; equal names of two images of one category mean the same point."""
+    xy_px: npt.NDArray[np.float32]
+    """(P, 2) float32: x and y in pixels of the image as `Dataset.image` gives it, pixel centres at .5."""
+    visible: npt.NDArray[np.bool_]
+    """(P,) bool: False for points that are hidden, outside or not annotated; their ``xy_px`` means nothing."""
+    box_px: tuple[float, float, float, float]
+    """x0, y0, x1, y1 of the object in the same pixels, x1 and y1 exclusive."""
+    category: str
+    """What the object is, e.g. ``horse``; only images of one category are paired."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two images whose points are matched: from the points of the source those of the target are looked for."""
+
+    source: str
+    """Key of the image whose points are given."""
+    target: str
+    """Key of the image in which they are looked for."""
+    split: str
+    """``train``, ``val`` or ``test``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
     """What is known of a data set before any of its images is read."""
 
@@ -51,6 +79,8 @@ class DatasetInfo:
     """A few words for people."""
     classes: tuple[str, ...] = ()
     """Class names in label order; empty where they are unknown."""
+    image_classes: tuple[str, ...] = ()
+    """Names of the classes that whole images belong to, in label order; empty where images have none."""
     ignore_label: int = IGNORE_LABEL
     """Label of pixels that count for nothing."""
     plain_prompt: str
@@ -111,6 +141,28 @@ class Dataset(abc.ABC):
             UnreadableImageError: if the mask's file is damaged or holds values outside 0..255.
             BadRequestError: if the data set has no such key.
         """
+
+    def image_label(self, key: str) -> int | None:
+        """The class of one image, an index into `DatasetInfo.image_classes`; None: it has none.
+
+        Raises:
+            BadRequestError: if the data set has no such key.
+        """
+        return None
+
+    def keypoints(self, key: str) -> Keypoints | None:
+        """The annotated points of one image; None: it has none.
+
+        Raises:
+            UnreadableImageError: if the annotation's file is damaged.
+            BadRequestError: if the data set has no such key.
+        """
+        return None
+
+    @property
+    def pairs(self) -> tuple[Pair, ...] | None:
+        """The pairs that the data set itself scores correspondence on; None: any two images of one category."""
+        return None
 
     def caption(self, key: str, kind: str) -> str:
         """The text of one image for ``prompt:caption``.

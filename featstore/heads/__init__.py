@@ -10,20 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featstore.heads.base import Head
+    from featstore.heads.features import Beside, BesideSpec, Features, FeaturesSpec, RunRef
     from featstore.heads.files import load_head, read_head_json, save_head
-    from featstore.heads.head import HeadSpec, PixelHead, Prediction, RunRef
+    from featstore.heads.head import PixelHead, PixelSpec, Prediction
     from featstore.heads.pixels import PixelHeadConfig
     from featstore.heads.segmentation import SegmentationResult, predict_rows, train_segmentation
-    from featstore.heads.task import Task
+    from featstore.heads.task import SegmentationTask
 
 _HOMES = {
-    "HeadSpec": "head",
+    "Beside": "features",
+    "BesideSpec": "features",
+    "Features": "features",
+    "FeaturesSpec": "features",
+    "Head": "base",
     "PixelHead": "head",
     "PixelHeadConfig": "pixels",
+    "PixelSpec": "head",
     "Prediction": "head",
-    "RunRef": "head",
+    "RunRef": "features",
     "SegmentationResult": "segmentation",
-    "Task": "task",
+    "SegmentationTask": "task",
     "load_head": "files",
     "predict_rows": "segmentation",
     "read_head_json": "files",
@@ -32,13 +39,18 @@ _HOMES = {
 }
 
 __all__ = [
-    "HeadSpec",
+    "Beside",
+    "BesideSpec",
+    "Features",
+    "FeaturesSpec",
+    "Head",
     "PixelHead",
     "PixelHeadConfig",
+    "PixelSpec",
     "Prediction",
     "RunRef",
     "SegmentationResult",
-    "Task",
+    "SegmentationTask",
     "load_head",
     "predict_rows",
     "read_head_json",

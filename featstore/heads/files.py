@@ -1,7 +1,8 @@
 """Head files: a folder with ``head.json`` and ``head.safetensors``, both with digests.
 
-``head.json`` holds the format, the specification (classes, layers, recipe fingerprints of the runs),
-the configuration, the metrics, package versions, the digest of the weights, and its own digest.
+``head.json`` holds the format, the kind of head, its features (layers, recipe fingerprints of the runs),
+facts (classes, sizes), the configuration, the metrics, package versions, the digest of the weights, and
+its own digest.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from safetensors.torch import save as save_tensors
 
 import featstore
 from featstore.errors import CorruptError, FeatstoreError, IncompatibleError, NotFoundError, StorageError
-from featstore.heads.head import HeadSpec, PixelHead
-from featstore.heads.pixels import PixelHeadConfig, PixelMembers, member_generator
-from featstore.heads.standardise import Standardise
+from featstore.heads.base import KINDS, Head, head_class
+from featstore.heads.features import FeaturesSpec
 from featstore.recipe import canonical_json, sha256_hex
 from featstore.whole_file import write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of a head file."""
-KIND = "pixel"
 
 _JSON = "head.json"
 _WEIGHTS = "head.safetensors"
@@ -37,7 +36,7 @@ _WEIGHTS = "head.safetensors"
 
 def save_head(
     folder: str | Path,
-    head: PixelHead,
+    head: Head,
     *,
     metrics: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -61,15 +60,12 @@ def save_head(
         ValueError: for metrics with NaN or infinities.
     """
     folder = Path(folder)
-    tensors = {
-        **{f"members.{name}": value for name, value in head.members.state_dict().items()},
-        **{f"standardise.{name}": value for name, value in head.standardise.state_dict().items()},
-    }
-    weights = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    weights = save_tensors({name: value.detach().cpu().contiguous() for name, value in head.tensors().items()})
     document = {
         "featstore_head": FORMAT,
-        "kind": KIND,
-        "spec": head.spec.to_json(),
+        "kind": head.kind,
+        "features": head.features.to_json(),
+        "facts": head.facts,
         "config": dataclasses.asdict(head.config),
         "metrics": dict(metrics or {}),
         "extra": dict(extra or {}),
@@ -109,11 +105,11 @@ def read_head_json(folder: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("featstore_head"), int):
         raise CorruptError(f"{path} describes no head", hint=hint)
     # The format before the digest: a newer one may well digest differently.
-    if document["featstore_head"] > FORMAT or document.get("kind") != KIND:
+    if document["featstore_head"] != FORMAT or document.get("kind") not in KINDS:
         raise IncompatibleError(
             f"{path} is a {document.get('kind')!r} head of format {document['featstore_head']}; "
-            f"this version reads {KIND!r} heads up to format {FORMAT}",
-            hint="upgrade featstore",
+            f"this version reads {', '.join(KINDS)} heads of format {FORMAT}",
+            hint="upgrade featstore" if document["featstore_head"] >= FORMAT else hint,
         )
     digest = document.pop("sha256", None)
     if sha256_hex(canonical_json(document)) != digest:
@@ -121,7 +117,7 @@ def read_head_json(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def load_head(folder: str | Path, *, device: torch.device | str = "cpu") -> PixelHead:
+def load_head(folder: str | Path, *, device: torch.device | str = "cpu") -> Head:
     """The head that `save_head` wrote; it predicts bit for bit the same on the same device.
 
     Raises:
@@ -143,25 +139,11 @@ def load_head(folder: str | Path, *, device: torch.device | str = "cpu") -> Pixe
         raise IncompatibleError(f"the head in {folder} cannot be used: {error}", hint="upgrade featstore") from error
 
 
-def _build(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PixelHead:
-    spec = HeadSpec.from_json(document["spec"])
-    values = dict(document["config"])
-    if values.get("hidden") is not None:
-        values["hidden"] = tuple(values["hidden"])
-    config = PixelHeadConfig(**values)
-    runs, channels, attention = len(spec.runs), spec.channels, spec.attention_channels
-    members = PixelMembers(
-        config,
-        runs=runs,
-        channels=channels,
-        attention=attention,
-        classes=len(spec.classes),
-        generators=[member_generator(0, member) for member in range(config.members)],
-    )
-    standardise = Standardise(runs, channels, attention)
-    for prefix, module in (("members.", members), ("standardise.", standardise)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return PixelHead(spec, config, members, standardise)
+def _build(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Head:
+    head = head_class(document["kind"])
+    built = head.build(FeaturesSpec.from_json(document["features"]), document["facts"], document["config"])
+    built.load(tensors)
+    return built
 
 
 def _read(path: Path) -> bytes:

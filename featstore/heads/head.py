@@ -1,6 +1,6 @@
 """A trained pixel head: what it needs, and its predictions.
 
-B images, K runs in the bucket, C A channels of runs and attention, H W map height and width, h w
+B images, K runs in the bucket, C A channels of runs and of what stands beside them, H W map height and width, h w
 height and width of the label grid, M members, n assigners, P pixels.
 """
 
@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from featstore.errors import BadRequestError, IncompatibleError
-from featstore.heads.pixels import PixelHeadConfig, PixelMembers, jensen_shannon, majority_vote
+from featstore.errors import BadRequestError
+from featstore.heads.base import Head
+from featstore.heads.features import FeaturesSpec
+from featstore.heads.pixels import PixelHeadConfig, PixelMembers, jensen_shannon, majority_vote, member_generator
 from featstore.heads.standardise import Standardise
 from featstore.heads.tables import PixelTables
 
@@ -24,88 +27,17 @@ _CHUNK_BYTES = 8 * 1024**2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunRef:
-    """A run that a head reads, by name for people and by fingerprint for checking."""
+class PixelSpec:
+    """What a pixel head was trained on, and therefore needs."""
 
-    name: str
-    """For tables and plots, e.g. ``prompt`` or ``controlnet:canny t50``."""
-    fingerprint: str | None = None
-    """Fingerprint of the run's recipe; None for arrays that came from no store."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HeadSpec:
-    """What a head was trained on, and therefore needs."""
-
+    features: FeaturesSpec
+    """The maps that it reads."""
     classes: tuple[str, ...]
     """Names of the classes in label order."""
-    layers: Mapping[str, tuple[int, int, int]]
-    """Amalgamated layers, (C, H, W) each, in the order of their channels."""
-    attention: Mapping[str, tuple[int, int, int]]
-    """Layers concatenated after amalgamation, (C, H, W) each; may be empty."""
-    runs: tuple[RunRef, ...]
-    """The K runs of the bucket, in order."""
-    attention_run: RunRef | None
-    """The run that the attention layers come from; None without attention layers."""
     size: tuple[int, int]
     """(h, w) of the label grid in pixels."""
     ignore_label: int = 255
     """Label of pixels that do not count."""
-
-    @property
-    def channels(self) -> int:
-        """Channels of a run's pixel vector, C."""
-        return sum(shape[0] for shape in self.layers.values())
-
-    @property
-    def attention_channels(self) -> int:
-        """Channels of the attention vector, A."""
-        return sum(shape[0] for shape in self.attention.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """The specification as plain JSON; `from_json` is its inverse."""
-        return {
-            "classes": list(self.classes),
-            "layers": [[name, *shape] for name, shape in self.layers.items()],
-            "attention": [[name, *shape] for name, shape in self.attention.items()],
-            "runs": [dataclasses.asdict(run) for run in self.runs],
-            "attention_run": None if self.attention_run is None else dataclasses.asdict(self.attention_run),
-            "size": list(self.size),
-            "ignore_label": self.ignore_label,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The specification that `to_json` described; KeyError, TypeError or ValueError if it is none."""
-        height, width = value["size"]
-        return cls(
-            classes=tuple(value["classes"]),
-            layers={name: (c, h, w) for name, c, h, w in value["layers"]},
-            attention={name: (c, h, w) for name, c, h, w in value["attention"]},
-            runs=tuple(RunRef(**run) for run in value["runs"]),
-            attention_run=None if value["attention_run"] is None else RunRef(**value["attention_run"]),
-            size=(height, width),
-            ignore_label=value["ignore_label"],
-        )
-
-    def check_runs(self, runs: Sequence[RunRef], attention_run: RunRef | None = None) -> None:
-        """Refuse runs whose fingerprints are not those that the head was trained on.
-
-        Raises:
-            IncompatibleError: naming the first run that differs.
-        """
-        if len(runs) != len(self.runs):
-            raise IncompatibleError(f"the head was trained on {len(self.runs)} runs, not on {len(runs)}")
-        pairs = [*zip(self.runs, runs, strict=True)]
-        if self.attention_run is not None and attention_run is not None:
-            pairs.append((self.attention_run, attention_run))
-        for mine, theirs in pairs:
-            if mine.fingerprint != theirs.fingerprint:
-                raise IncompatibleError(
-                    f"run {theirs.name!r} has fingerprint {theirs.fingerprint}, "
-                    f"the head was trained on {mine.name!r} with {mine.fingerprint}",
-                    hint="extract the runs that the head names, or train a head on these",
-                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +56,13 @@ class Prediction:
     """(M, n, K) float32, sums to 1 over K: mean over all pixels of the B images; None for one run."""
 
 
-class PixelHead:
+class PixelHead(Head):
     """An ensemble of pixel classifiers with the statistics and the specification that they need."""
 
+    kind = "pixel"
+
     def __init__(
-        self, spec: HeadSpec, config: PixelHeadConfig, members: PixelMembers, standardise: Standardise
+        self, spec: PixelSpec, config: PixelHeadConfig, members: PixelMembers, standardise: Standardise
     ) -> None:
         self.spec = spec
         self.config = config
@@ -136,23 +70,61 @@ class PixelHead:
         self.standardise = standardise
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.standardise.run_mean.device
+    @override
+    def features(self) -> FeaturesSpec:
+        return self.spec.features
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move the head."""
-        self.members.to(device)
-        self.standardise.to(device)
-        return self
+    @property
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {
+            "classes": list(self.spec.classes),
+            "size": list(self.spec.size),
+            "ignore_label": self.spec.ignore_label,
+        }
+
+    @property
+    @override
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"members": self.members, "standardise": self.standardise}
+
+    @classmethod
+    @override
+    def build(cls, features: FeaturesSpec, facts: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+        height, width = facts["size"]
+        spec = PixelSpec(
+            features=features,
+            classes=tuple(facts["classes"]),
+            size=(height, width),
+            ignore_label=facts["ignore_label"],
+        )
+        values = dict(config)
+        if values.get("hidden") is not None:
+            values["hidden"] = tuple(values["hidden"])
+        made = PixelHeadConfig(**values)
+        return cls.untrained(spec, made, [member_generator(0, member) for member in range(made.members)])
+
+    @classmethod
+    def untrained(cls, spec: PixelSpec, config: PixelHeadConfig, generators: Sequence[torch.Generator]) -> Self:
+        """A head with initial parameters, each member's drawn from its own generator."""
+        runs, channels, beside = len(spec.features.runs), spec.features.channels, spec.features.beside_channels
+        members = PixelMembers(
+            config,
+            runs=runs,
+            channels=channels,
+            attention=beside,
+            classes=len(spec.classes),
+            generators=generators,
+        )
+        return cls(spec, config, members, Standardise(runs, channels, beside))
 
     def tables(self, images: int, dtype: torch.dtype) -> PixelTables:
         """Empty tables for the maps of this many images on the head's device."""
         return PixelTables(
             images=images,
-            runs=len(self.spec.runs),
-            layers=self.spec.layers,
-            attention=self.spec.attention,
+            runs=len(self.features.runs),
+            layers=self.features.layers,
+            attention=self.features.beside_layers,
             grid_size=self.spec.size,
             dtype=dtype,
             device=self.device,
@@ -161,28 +133,28 @@ class PixelHead:
     def predict(
         self,
         maps: Sequence[Mapping[str, npt.NDArray[Any] | Tensor]],
-        attention: Mapping[str, npt.NDArray[Any] | Tensor] | None = None,
+        beside: Mapping[str, npt.NDArray[Any] | Tensor] | None = None,
     ) -> Prediction:
         """Label images from their features.
 
         Args:
-            maps: for each of the K runs in ``spec.runs`` order, layer name to (B, C, H, W) float16 or
+            maps: for each of the K runs in ``features.runs`` order, layer name to (B, C, H, W) float16 or
                 float32; further layers are ignored.
-            attention: layer name to (B, C, H, W) of ``spec.attention_run``.
+            beside: (B, C, H, W) by the names of ``features.beside_layers``.
 
         Raises:
             BadRequestError: if runs or layers are missing or have other shapes.
         """
-        if len(maps) != len(self.spec.runs):
-            raise BadRequestError(f"the head needs the maps of {len(self.spec.runs)} runs, not of {len(maps)}")
-        first = next(iter(self.spec.layers))
+        if len(maps) != len(self.features.runs):
+            raise BadRequestError(f"the head needs the maps of {len(self.features.runs)} runs, not of {len(maps)}")
+        first = next(iter(self.features.layers))
         images = len(maps[0][first]) if first in maps[0] else 0
         tables = self.tables(images, torch.float32)
         for run, layers in enumerate(maps):
             for name, table in tables.layers.items():
-                table.put(run, range(images), self._checked(layers, name, self.spec.layers[name], images))
+                table.put(run, range(images), self._checked(layers, name, self.features.layers[name], images))
         for name, table in tables.attention.items():
-            table.put(0, range(images), self._checked(attention or {}, name, self.spec.attention[name], images))
+            table.put(0, range(images), self._checked(beside or {}, name, self.features.beside_layers[name], images))
         return self.predict_tables(tables)
 
     @staticmethod
@@ -204,7 +176,7 @@ class PixelHead:
         members = [self.members.take([m]).eval() for m in range(self.members.members)]
         shape = (tables.images, *tables.grid_size)
         total = tables.images * tables.pixels_an_image
-        runs = len(self.spec.runs)
+        runs = len(self.features.runs)
         labels = np.empty(total, np.uint8)
         member_labels = np.empty((len(members), total), np.uint8)
         uncertainty = np.empty(total, np.float32)

@@ -56,11 +56,16 @@ def read_rows(array: Any, rows: Rows, *, what: str) -> Iterator[tuple[npt.NDArra
         # one small slice a block: an index over all blocks at once makes dask rechunk and shuffle
         blocks = dask.compute(*(array[wanted[p].min() : wanted[p].max() + 1] for p in positions))
         for place, block in zip(positions, blocks, strict=True):
-            values = block[wanted[place] - wanted[place].min()]
-            finite = np.isfinite(values).reshape(len(values), -1).all(1)
-            if not finite.all():
-                raise BadRequestError(
-                    f"{what} holds NaN or infinity in rows {', '.join(map(str, wanted[place][~finite][:5]))}",
-                    hint="leave these rows out, or extract them again after `featstore verify --repair`",
-                )
+            values = check_finite(block[wanted[place] - wanted[place].min()], wanted[place], what)
             yield place, values
+
+
+def check_finite(values: npt.NDArray[Any], rows: npt.NDArray[np.int64], what: str) -> npt.NDArray[Any]:
+    """``values`` (len(rows), ...), refused with the rows' numbers where a value is NaN or infinite."""
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        raise BadRequestError(
+            f"{what} holds NaN or infinity in rows {', '.join(map(str, rows[~finite][:5]))}",
+            hint="leave these rows out, or extract them again after `featstore verify --repair`",
+        )
+    return values

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ import torch
 
 from featstore.errors import BadRequestError
 from featstore.heads.head import PixelHead, Prediction
-from featstore.heads.pixels import PixelHeadConfig, PixelMembers, member_generator
+from featstore.heads.pixels import PixelHeadConfig, member_generator
 from featstore.heads.reading import Rows, read_rows, rows_by_block
-from featstore.heads.standardise import Standardise
 from featstore.heads.tables import PixelTables
-from featstore.heads.task import Task
+from featstore.heads.task import SegmentationTask
 from featstore.heads.training import Progress, TrainingLog, train_members
 from featstore.metrics import SegmentationMeter
 
@@ -47,12 +46,12 @@ class SegmentationResult:
     """(M, n, K) float32: what each assigner chose, mean over test pixels; None for one run."""
     weights_by_class: npt.NDArray[np.float32] | None
     """(classes, K) float32: the same, mean over members, assigners and the test pixels of each class (NaN for none)."""
-    log: TrainingLog
-    """Steps and losses."""
+    log: TrainingLog | None
+    """Steps and losses; None for a head that was only scored."""
 
 
 def train_segmentation(
-    task: Task,
+    task: SegmentationTask,
     config: PixelHeadConfig | None = None,
     *,
     seed: int = 0,
@@ -90,21 +89,12 @@ def train_segmentation(
         LOG.warning("classes without a training pixel, which the head cannot learn: %s", ", ".join(absent))
 
     generators = [member_generator(seed, member) for member in range(config.members)]
-    members = PixelMembers(
-        config,
-        runs=len(spec.runs),
-        channels=spec.channels,
-        attention=spec.attention_channels,
-        classes=len(spec.classes),
-        generators=generators,
-    )
-    standardise = Standardise(len(spec.runs), spec.channels, spec.attention_channels)
-    head = PixelHead(spec, config, members, standardise).to(device)
+    head = PixelHead.untrained(spec, config, generators).to(device)
     tables = _read(task, head, task.train_rows)
-    standardise.fit(*tables.moments())
-    tables.standardise(standardise)
+    head.standardise.fit(*tables.moments())
+    tables.standardise(head.standardise)
     log = train_members(
-        members,
+        head.members,
         tables,
         torch.from_numpy(named).to(device),
         torch.from_numpy(flat[named].astype(np.int64)).to(device),
@@ -113,41 +103,54 @@ def train_segmentation(
         progress=progress,
     )
     del tables
-    return _score(task, head, log, absent)
+    return score(task, head, log=log, absent=absent)
 
 
-def predict_rows(task: Task, head: PixelHead, rows: Rows) -> Iterator[tuple[npt.NDArray[np.int64], Prediction]]:
+def predict_rows(
+    task: SegmentationTask, head: PixelHead, rows: Rows
+) -> Iterator[tuple[npt.NDArray[np.int64], Prediction]]:
     """Predict rows of a task's arrays block by block, so that memory holds one block's maps.
 
     Yields:
         Rows, ascending over all, and their prediction in that order.
     """
     ordered = np.unique(np.asarray(rows, np.int64))
-    for part in rows_by_block(next(iter(task.maps[0].values())), ordered):
+    for part in rows_by_block(next(iter(task.features.maps[0].values())), ordered):
         yield ordered[part], head.predict_tables(_read(task, head, ordered[part]))
 
 
-def _read(task: Task, head: PixelHead, rows: Rows) -> PixelTables:
+def _read(task: SegmentationTask, head: PixelHead, rows: Rows) -> PixelTables:
     """The native maps of rows, in the order of ``rows``."""
-    arrays = [array for layers in (*task.maps, task.attention) for array in layers.values()]
-    narrow = all(array.dtype == np.float16 for array in arrays)
+    features = task.features
+    narrow = all(array.dtype == np.float16 for _, array in features.arrays())
     tables = head.tables(len(rows), torch.float16 if narrow else torch.float32)
-    for run, (ref, layers) in enumerate(zip(head.spec.runs, task.maps, strict=True)):
+    for run, (ref, layers) in enumerate(zip(head.features.runs, features.maps, strict=True)):
         for name, table in tables.layers.items():
             for positions, values in read_rows(layers[name], rows, what=f"layer {name} of run {ref.name}"):
                 table.put(run, positions.tolist(), torch.from_numpy(values))
+    beside = {f"{one.run.name}/{name}": array for one in features.beside for name, array in one.layers.items()}
     for name, table in tables.attention.items():
-        for positions, values in read_rows(task.attention[name], rows, what=f"attention layer {name}"):
+        for positions, values in read_rows(beside[name], rows, what=f"layer {name}"):
             table.put(0, positions.tolist(), torch.from_numpy(values))
     return tables
 
 
-def _score(task: Task, head: PixelHead, log: TrainingLog, absent: list[str]) -> SegmentationResult:
+def score(
+    task: SegmentationTask, head: PixelHead, *, log: TrainingLog | None = None, absent: Sequence[str] = ()
+) -> SegmentationResult:
+    """What a trained head does on the test rows.
+
+    Args:
+        task: features, labels and test rows.
+        head: trained on features of the same specification.
+        log: of its training, where that has just been.
+        absent: names of the classes that it was not trained on.
+    """
     classes = head.spec.classes
     meter = SegmentationMeter(classes, ignore_label=task.ignore_label)
     member_meters = [SegmentationMeter(classes, ignore_label=task.ignore_label) for _ in range(head.members.members)]
     rows, labels, doubts, means = [], [], [], []
-    sums = np.zeros((len(classes), len(head.spec.runs)))
+    sums = np.zeros((len(classes), len(head.features.runs)))
     counts = np.zeros(len(classes))
     for here, said in predict_rows(task, head, task.test_rows):
         truth = task.labels(here)
@@ -170,10 +173,10 @@ def _score(task: Task, head: PixelHead, log: TrainingLog, absent: list[str]) -> 
         **scores.to_json(),
         "member_miou": [one.compute().miou for one in member_meters],
         "uncertainty": float(uncertainty.mean()) if uncertainty.size else None,
-        "absent_from_training": absent,
+        "absent_from_training": list(absent),
         "train_images": len(task.train_rows),
         "test_images": len(tested),
-        "steps": list(log.steps),
+        "steps": [] if log is None else list(log.steps),
     }
     if not len(tested):
         metrics.update(miou=None, accuracy=None, member_miou=[None] * head.members.members)

@@ -21,7 +21,15 @@ import numpy as np
 from featstore import models
 from featstore.datasets import Dataset
 from featstore.extraction.images import prepare, to_pixels
-from featstore.heads import PixelHeadConfig, SegmentationResult, Task, train_segmentation
+from featstore.heads import (
+    Beside,
+    Features,
+    PixelHeadConfig,
+    RunRef,
+    SegmentationResult,
+    SegmentationTask,
+    train_segmentation,
+)
 from featstore.heads.splits import splits as make_splits
 from featstore.pipelines.extract import extract
 from featstore.pipelines.plan import ExtractConfig
@@ -97,9 +105,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     found: dict[str, list[SegmentationResult]] = {name: [] for name in sides}
     for number, (train, test) in enumerate(make_splits(config.splits, bucket.stored.samples.splits, seed=config.seed)):
         for name, (maps, attention) in sides.items():
-            task = Task(
-                maps=[maps],
-                attention=attention,
+            beside = [Beside(run=RunRef(name="attention"), layers=attention)] if attention else []
+            task = SegmentationTask(
+                features=Features(maps=[maps], beside=beside),
                 masks=masks,
                 train_rows=train.tolist(),
                 test_rows=test.tolist(),

@@ -3,7 +3,7 @@
 import dask.array as da
 import numpy as np
 
-from featstore.heads import RunRef, Task
+from featstore.heads import Beside, Features, RunRef, SegmentationTask
 
 IMAGES, SIDE, CLASSES = 30, 16, ("ground", "body", "leg", "eye")
 LAYERS = {"coarse": (6, 4, 4), "fine": (5, 8, 8)}
@@ -40,13 +40,18 @@ def task(*, signal_runs=(SIGNAL_RUN,), count=3, attention=True, dtype=np.float16
     bucket = [lazy(maps(labels, signal=k in signal_runs, seed=k, dtype=dtype)) for k in range(count)]
     noise = np.random.default_rng(99)
     attended = {n: noise.standard_normal((IMAGES, *s)).astype(dtype) for n, s in ATTENTION.items()}
+    beside = attention if isinstance(attention, dict) else lazy(attended) if attention else {}
+    runs = [RunRef(name=f"pass {k}", fingerprint=str(k) * 64) for k in range(count)]
+    features = Features(
+        maps=changes.pop("maps", bucket),
+        runs=changes.pop("runs", runs),
+        beside=[Beside(run=runs[0], layers=beside)] if beside else [],
+    )
     values = {
-        "maps": bucket,
-        "attention": attention if isinstance(attention, dict) else lazy(attended) if attention else {},
+        "features": features,
         "masks": labels,
         "train_rows": range(12),
         "test_rows": range(14, IMAGES),
         "classes": CLASSES,
-        "runs": [RunRef(name=f"pass {k}", fingerprint=str(k) * 64) for k in range(count)],
     }
-    return Task(**{**values, **changes})
+    return SegmentationTask(**{**values, **changes})

@@ -10,6 +10,9 @@ from featstore.heads import load_head, read_head_json, save_head
 from featstore.recipe import canonical_json, sha256_hex
 from tests.heads.test_head import SPEC, features, head
 
+NOT_READ = [{"featstore_head": 3}, {"featstore_head": 3, "facts": {}}, {"featstore_head": 1}, {"kind": "hologram"}]
+NOT_BUILT = [{"config": {"members": 3, "temperature": 1.0}}, {"facts": {"classes": ["a", "b"]}}]
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -29,8 +32,8 @@ def test_the_json_says_what_the_head_needs_and_scored(saved):
     document = read_head_json(saved)
     assert document["metrics"] == {"miou": 0.25}
     assert document["extra"] == {"dataset": "toyhorse"}
-    assert document["spec"]["runs"][1] == {"name": "prompt", "fingerprint": "1" * 64}
-    assert document["spec"]["classes"] == ["a", "b", "c", "d"]
+    assert document["features"]["runs"][1] == {"name": "prompt", "fingerprint": "1" * 64}
+    assert document["facts"]["classes"] == ["a", "b", "c", "d"]
     assert document["versions"]["torch"] == torch.__version__
     assert sorted(path.name for path in saved.iterdir()) == ["head.json", "head.safetensors"]
 
@@ -84,7 +87,7 @@ def test_weights_of_another_head_are_found(saved):
         load_head(saved)
 
 
-@pytest.mark.parametrize("changes", [{"featstore_head": 2}, {"featstore_head": 2, "spec": {}}, {"kind": "hologram"}])
+@pytest.mark.parametrize("changes", NOT_READ)
 def test_a_newer_format_or_another_kind_is_refused_as_such(saved, changes):
     rewrite(saved, **changes)
     with pytest.raises(IncompatibleError, match="this version reads"):
@@ -99,7 +102,7 @@ def test_a_newer_format_with_another_digest_is_still_called_newer(saved):
         load_head(saved)
 
 
-@pytest.mark.parametrize("changes", [{"config": {"members": 3, "temperature": 1.0}}, {"spec": {"classes": ["a", "b"]}}])
+@pytest.mark.parametrize("changes", NOT_BUILT)
 def test_a_head_that_does_not_build_is_incompatible(saved, changes):
     rewrite(saved, **changes)
     with pytest.raises(IncompatibleError, match="cannot be used"):

@@ -7,48 +7,42 @@ from scipy.spatial.distance import jensenshannon
 from torch.nn import functional
 
 from featstore.errors import BadRequestError, IncompatibleError
-from featstore.heads import HeadSpec, PixelHead, PixelHeadConfig, RunRef
+from featstore.heads import BesideSpec, FeaturesSpec, PixelHead, PixelHeadConfig, PixelSpec, RunRef
 from featstore.heads import head as head_module
-from featstore.heads.pixels import PixelMembers, jensen_shannon, majority_vote, member_generator
-from featstore.heads.standardise import Standardise
+from featstore.heads.pixels import jensen_shannon, majority_vote, member_generator
 
-SPEC = HeadSpec(
-    classes=("a", "b", "c", "d"),
+PROMPT = RunRef(name="prompt", fingerprint="1" * 64)
+FEATURES = FeaturesSpec(
     layers={"coarse": (3, 2, 2), "fine": (2, 5, 4)},
-    attention={"attn": (4, 3, 3)},
-    runs=(RunRef(name="basic", fingerprint="0" * 64), RunRef(name="prompt", fingerprint="1" * 64)),
-    attention_run=RunRef(name="prompt", fingerprint="1" * 64),
-    size=(9, 7),
+    runs=(RunRef(name="basic", fingerprint="0" * 64), PROMPT),
+    beside=(BesideSpec(run=PROMPT, layers={"attn": (4, 3, 3)}),),
 )
+SPEC = PixelSpec(features=FEATURES, classes=("a", "b", "c", "d"), size=(9, 7))
 CONFIG = PixelHeadConfig(members=3, assigners=2, assigner_hidden=5, hidden=(6, 5))
 
 
 def head(spec=SPEC, config=CONFIG):
     """An untrained head whose statistics are far from neutral."""
     generator = torch.Generator().manual_seed(0)
-    runs, channels, attention = len(spec.runs), spec.channels, spec.attention_channels
-    generators = [member_generator(3, m) for m in range(config.members)]
-    members = PixelMembers(
-        config, runs=runs, channels=channels, attention=attention, classes=len(spec.classes), generators=generators
-    )
-    for name, value in members.state_dict().items():
+    made = PixelHead.untrained(spec, config, [member_generator(3, m) for m in range(config.members)])
+    runs, channels, attention = len(spec.features.runs), spec.features.channels, spec.features.beside_channels
+    for name, value in made.members.state_dict().items():
         if "running_var" in name:
             value.copy_(torch.rand(value.shape, generator=generator) + 0.2)
         elif "running" in name or "norm" in name:
             value.copy_(torch.randn(value.shape, generator=generator))
         elif name == "linear3.weight":
             value.mul_(6)  # members that are sure of themselves, so that they disagree
-    standardise = Standardise(runs, channels, attention)
     mean = torch.randn(runs, channels, generator=generator), torch.rand(runs, channels, generator=generator) + 0.5
     attended = torch.randn(attention, generator=generator), torch.rand(attention, generator=generator) + 0.5
-    standardise.fit(mean, attended)
-    return PixelHead(spec, config, members, standardise)
+    made.standardise.fit(mean, attended)
+    return made
 
 
-def features(images=3, spec=SPEC):
+def features(images=3, spec=FEATURES):
     generator = torch.Generator().manual_seed(8)
     maps = [{n: torch.randn(images, *s, generator=generator) for n, s in spec.layers.items()} for _ in spec.runs]
-    return maps, {n: torch.randn(images, *s, generator=generator) for n, s in spec.attention.items()}
+    return maps, {n: torch.randn(images, *s, generator=generator) for n, s in spec.beside_layers.items()}
 
 
 def slowly(trained, maps, attention):
@@ -157,7 +151,7 @@ def test_taking_and_putting_members_back_copies():
     [
         (lambda maps, attention: maps.pop(), "2 runs, not of 1"),
         (lambda maps, attention: maps[1].pop("fine"), "needs layer 'fine'; given: coarse"),
-        (lambda maps, attention: attention.clear(), "needs layer 'attn'; given: none"),
+        (lambda maps, attention: attention.clear(), "needs layer 'prompt/attn'; given: none"),
         (lambda maps, attention: maps[0].update(fine=maps[0]["fine"][:, :, :3]), r"\(3, 2, 3, 4\), the head needs"),
         (lambda maps, attention: maps[1].update(fine=maps[1]["fine"][:2]), r"needs \(3, 2, 5, 4\)"),
     ],
@@ -170,17 +164,19 @@ def test_features_that_do_not_fit_are_refused(spoil, message):
 
 
 def test_runs_with_other_fingerprints_are_refused():
-    SPEC.check_runs(SPEC.runs, SPEC.attention_run)
+    FEATURES.check_runs(FEATURES.runs, [PROMPT])
     other = RunRef(name="prompt", fingerprint="2" * 64)
     with pytest.raises(IncompatibleError, match="'prompt' has fingerprint 2222"):
-        SPEC.check_runs((SPEC.runs[0], other))
+        FEATURES.check_runs((FEATURES.runs[0], other), [PROMPT])
     with pytest.raises(IncompatibleError, match="fingerprint 2222"):
-        SPEC.check_runs(SPEC.runs, other)
+        FEATURES.check_runs(FEATURES.runs, [other])
     with pytest.raises(IncompatibleError, match="2 runs, not on 1"):
-        SPEC.check_runs(SPEC.runs[:1])
+        FEATURES.check_runs(FEATURES.runs[:1], [PROMPT])
+    with pytest.raises(IncompatibleError, match="1 runs beside them, not on 0"):
+        FEATURES.check_runs(FEATURES.runs)
 
 
 def test_a_specification_survives_json():
-    assert HeadSpec.from_json(SPEC.to_json()) == SPEC
-    assert list(HeadSpec.from_json(SPEC.to_json()).layers) == ["coarse", "fine"]
-    assert (SPEC.channels, SPEC.attention_channels) == (5, 4)
+    assert FeaturesSpec.from_json(FEATURES.to_json()) == FEATURES
+    assert list(FeaturesSpec.from_json(FEATURES.to_json()).layers) == ["coarse", "fine"]
+    assert (FEATURES.channels, FEATURES.beside_channels) == (5, 4)

@@ -43,7 +43,7 @@ def test_weights_sum_to_one(trained):
 
 def test_weights_by_class_are_means_over_the_pixels_of_the_class(trained):
     problem = task()
-    whole = [lazy(dict_of(layers), block=IMAGES) for layers in problem.maps]
+    whole = [lazy(dict_of(layers), block=IMAGES) for layers in problem.features.maps]
     ((rows, said),) = predict_rows(task(maps=whole), trained.head, range(14, IMAGES))
     for label in range(4):
         chosen = said.weights.transpose(0, 2, 3, 1)[problem.masks[rows] == label]
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(trained):
 
 def test_chunks_and_order_of_rows_make_no_difference_to_what_is_read(trained):
     problem = task()
-    rechunked = [{n: a.rechunk((IMAGES, *a.shape[1:])) for n, a in layers.items()} for layers in problem.maps]
+    rechunked = [{n: a.rechunk((IMAGES, *a.shape[1:])) for n, a in layers.items()} for layers in problem.features.maps]
     whole = train_segmentation(task(maps=rechunked, test_rows=[*range(IMAGES - 1, 13, -1)]), CONFIG, seed=1)
     assert whole.test_rows.tolist() == trained.test_rows.tolist()
     np.testing.assert_array_equal(whole.predictions, trained.predictions)
@@ -105,7 +105,7 @@ def test_one_run_trains_without_assigners():
     assert result.metrics["miou"] > 0.8
     assert result.weights is None
     assert result.weights_by_class is None
-    assert result.head.spec.attention_run is None
+    assert result.head.features.beside == ()
 
 
 def test_attention_layers_reach_the_head():
@@ -145,7 +145,7 @@ def test_errors_of_a_stores_tasks_come_through():
 
     broken = da.map_blocks(refuse, dtype=np.float16, chunks=((IMAGES,), (5,), (8,), (8,)), meta=np.empty((0,) * 4))
     problem = task()
-    bucket = [{**layers, "fine": broken} for layers in problem.maps]
+    bucket = [{**layers, "fine": broken} for layers in problem.features.maps]
     with pytest.raises(NotCommittedError, match="never extracted"):
         train_segmentation(task(maps=bucket), CONFIG)
 
@@ -190,8 +190,8 @@ def test_rows_predict_the_same_block_by_block_as_at_once(trained):
     assert np.concatenate([rows for rows, _ in parts]).tolist() == [2, 15, 16, 29]
     assert len(parts) == 3
     rows = [2, 15, 16, 29]
-    arrays = dask.compute([{n: a[rows] for n, a in layers.items()} for layers in problem.maps])[0]
-    attention = {n: a[rows].compute() for n, a in problem.attention.items()}
+    arrays = dask.compute([{n: a[rows] for n, a in layers.items()} for layers in problem.features.maps])[0]
+    attention = {"pass 0/attn": problem.features.beside[0].layers["attn"][rows].compute()}
     whole = trained.head.predict(arrays, attention)
     np.testing.assert_array_equal(np.concatenate([p.labels for _, p in parts]), whole.labels)
 
@@ -217,9 +217,14 @@ def nan_in(row):
 
 
 def reshaped():
-    bucket = list(task().maps)
+    bucket = list(task().features.maps)
     bucket[1] = {**bucket[1], "fine": bucket[1]["fine"][:, :3]}
     return bucket
+
+
+def one_without_coarse():
+    bucket = list(task().features.maps)
+    return [*bucket[:2], {"fine": bucket[2]["fine"]}]
 
 
 @pytest.mark.parametrize(
@@ -234,11 +239,14 @@ def reshaped():
         (lambda: {"test_rows": [-1]}, "test row -1"),
         (lambda: {"train_rows": []}, "no training rows"),
         (lambda: {"maps": []}, "at least one run"),
-        (lambda: {"maps": [*task().maps[:2], {"fine": task().maps[2]["fine"]}]}, "run 2 differs in coarse"),
-        (lambda: {"maps": reshaped()}, "layer fine is .* in run 0 and .* in run 1"),
+        (
+            lambda: {"maps": [*task().features.maps[:2], {"fine": task().features.maps[2]["fine"]}]},
+            "run pass 2 differs in coarse",
+        ),
+        (lambda: {"maps": reshaped()}, "layer fine is .* in run pass 0 and .* in run pass 1"),
         (lambda: {"maps": nan_in(3)}, "layer fine of run pass 2 holds NaN or infinity in rows 3"),
         (lambda: {"maps": nan_in(20)}, "holds NaN or infinity in rows 20"),
-        (lambda: {"runs": task().runs[:2]}, "2 names for 3 runs"),
+        (lambda: {"runs": task().features.runs[:2]}, "2 names for 3 runs"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message):

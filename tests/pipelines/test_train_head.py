@@ -67,9 +67,9 @@ def test_a_head_learns_and_says_so(config, tmp_path):
     value = report.to_json()
     assert [one["class"] for one in value["per_class"]] == ["0", "1"]
     document = json.loads((tmp_path / "head" / "head.json").read_text())
-    assert document["spec"]["classes"] == ["0", "1"]
+    assert document["facts"]["classes"] == ["0", "1"]
     head = load_head(tmp_path / "head")
-    assert [run.name for run in head.spec.runs] == ["basic", "prompt"]
+    assert [run.name for run in head.features.runs] == ["basic", "prompt"]
     result = report.results[0]
     assert result.test_rows.tolist() == [0, 1, 2]  # test/5.png .. test/7.png stand first in the table
     assert result.weights.shape == (2, 3, 2)
