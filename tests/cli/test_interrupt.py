@@ -40,7 +40,12 @@ def test_a_real_signal_in_the_middle_of_an_extraction(run_json, tmp_path):
     command = [sys.executable, "-c", _MAIN, *map(str, words), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "s.zarr").glob("toyhorse/*/basic-*/t050/committed/*/c.0")):
+
+    def a_block_is_complete():
+        records = list((tmp_path / "s.zarr").glob("toyhorse/*/basic-*/t050/committed/*/zarr.json"))
+        return len(records) > 1 and all((path.parent / "c.0").exists() for path in records)
+
+    while not a_block_is_complete():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
