@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import CorruptError
+from featstore.store import parallel
 from featstore.store.crc import crc32c
 from featstore.store.objects import Objects, Snapshot
 
@@ -31,6 +33,7 @@ ABSENT = 2**64 - 1
 _PLACE_BYTES = 8
 _PIECE_BYTES = 512 << 10
 _SMALL_BYTES = 64 << 10
+_SHARE_BYTES = 8 << 20
 
 
 class Index(NamedTuple):
@@ -210,7 +213,12 @@ def read_images(
     if snapshot.piece_bytes is None:
         unsound = _read_together(snapshot, order, targets)
     elif len(order) == 1 or (order and targets[0].nbytes > snapshot.piece_bytes):
-        unsound = [number for offset, number in order if not _read_one(snapshot, offset, targets[number])]
+
+        def read_some(part: Sequence[tuple[int, int]]) -> list[int]:
+            return [number for offset, number in part if not _read_one(snapshot, offset, targets[number])]
+
+        shares = parallel.shares(order, at_least=_SHARE_BYTES // targets[0].nbytes + 1)
+        unsound = list(itertools.chain(*parallel.side_by_side(read_some, shares)))
     else:
         step = max(1, snapshot.piece_bytes // targets[0].nbytes) if order else 1
         parts = (order[first : first + step] for first in range(0, len(order), step))
