@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Self
 
-from featstore.errors import BadRequestError, IncompatibleError
+from featstore.errors import BadRequestError, CorruptError, IncompatibleError
 
 MEANING = 3
 """Version of what the extraction code computes; raised whenever the same request gives other bytes.
@@ -78,6 +78,16 @@ def slug(expression: str) -> str:
             variant = re.sub(r"\.(safetensors|ckpt|pt|bin)(?=@|$)", "", variant.rstrip("/").rsplit("/", 1)[-1])
         parts.append(name + colon + variant)
     return re.sub(r"[^a-z0-9.-]", "_", "+".join(parts).lower())[:_SLUG_MAX_CHARS]
+
+
+_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "Mapping[str, Any]": (dict,),
+    "Mapping[str, Any] | None": (dict, type(None)),
+}
+"""What JSON has in the place of a field, by the field's annotation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +160,15 @@ class Recipe:
 
         Raises:
             IncompatibleError: if fields are missing or unknown, as in a store of another version.
+            CorruptError: if a field is of another type than it can be.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         if set(value) != names:
             odd = ", ".join(sorted(set(value) ^ names))
             raise IncompatibleError(f"a recipe with other fields than this version's: {odd}", hint="upgrade featstore")
+        for field in dataclasses.fields(cls):
+            if type(value[field.name]) not in _JSON_TYPES[str(field.type)]:
+                raise CorruptError(f"a recipe's {field.name} cannot be {value[field.name]!r:.100}")
         return cls(**value)
 
     @property

@@ -24,6 +24,9 @@ from featstore.store import layout, metadata
 from featstore.store.objects import Objects
 from featstore.store.shard import CRC_BYTES, checksum
 
+MAX_BYTES = 128 << 20
+"""Size of a basis beyond which it is refused: a thousand components of thirty thousand channels."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Basis:
@@ -57,7 +60,7 @@ class Reduced:
         """
         found = cls(channels=value["channels"], explained=value["explained"], sha256=value["sha256"])
         if (
-            not isinstance(found.channels, int)
+            type(found.channels) is not int
             or not 0 < found.channels < 1 << 24
             or not isinstance(found.explained, (int, float))
             or re.fullmatch("[0-9a-f]{64}", found.sha256) is None
@@ -108,6 +111,8 @@ def keep(objects: Objects, run: str, layer: str, basis: Basis) -> Reduced:
     rows = np.vstack([basis.mean[None], basis.components]).astype("<f4")
     if not np.isfinite(rows).all():
         raise BadRequestError(f"the basis of layer {layer!r} is not finite")
+    if rows.nbytes > MAX_BYTES:
+        raise BadRequestError(f"the basis of layer {layer!r} has {rows.nbytes} bytes; at most {MAX_BYTES} are kept")
     data = rows.tobytes()
     key = basis_key(run, layer)
     if not objects.put_new(key, data, checksum(data)):
@@ -174,6 +179,8 @@ def check_copy(objects: Objects, run: str, layer: str, said: Reduced, components
 
 def _content(objects: Objects, key: str, length: int) -> bytes:
     """The ``length`` bytes at ``key``, their crc32c checked and taken off."""
+    if length > MAX_BYTES:
+        raise CorruptError(f"{key} is said to have {length} bytes; at most {MAX_BYTES} are sound")
     try:
         data = objects.get(key, max_bytes=length + CRC_BYTES)
     except NotFoundError:

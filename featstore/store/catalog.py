@@ -33,8 +33,8 @@ def put_entry(objects: Objects, path: str, document: Mapping[str, Any]) -> None:
     key = layout.catalog_key(path)
     data = metadata.seal(entry(path, document))
     try:
-        same = objects.get(key) == data
-    except NotFoundError:
+        same = objects.get(key, max_bytes=len(data)) == data
+    except (NotFoundError, CorruptError):
         same = False
     if not same:
         objects.put(key, data)

@@ -37,6 +37,8 @@ BLOCK_TARGET_BYTES = 64 << 20
 BLOCK_MAX_IMAGES = 64
 MAP_MAX_BYTES = 4 << 30
 """Size of one map beyond which a store is refused."""
+MAX_LAYERS = 4096
+"""Layers of a run beyond which it is refused: each of them costs every plan a look at its documents."""
 COMMITTED = "committed"
 SAMPLES = "samples"
 SCALES = "scales"
@@ -57,6 +59,7 @@ RAW: Sequence[Mapping[str, Any]] = ({"name": "bytes", "configuration": {"endian"
 """Codecs of numbers as they are, little-endian, with a checksum."""
 
 Shape = tuple[int, int, int]
+RUN_LEVELS = 3
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,119}")
 
 
@@ -89,9 +92,12 @@ def check_segment(what: str, name: str) -> str:
 
 
 def run_path(dataset: str, recipe_path: str) -> str:
-    """Path of a run below the store, every level checked."""
-    for segment in recipe_path.split("/"):
+    """Path of a run below the store: model, technique and timestep below the data set, every level checked."""
+    levels = recipe_path.split("/")
+    for segment in levels:
         check_segment("path level", segment)
+    if len(levels) != RUN_LEVELS:
+        raise BadRequestError(f"{recipe_path!r} is no path of a run: {RUN_LEVELS} levels are wanted")
     return f"{check_segment('data set', dataset)}/{recipe_path}"
 
 
@@ -235,7 +241,7 @@ def check_shape(layer: str, shape: object) -> Shape:
     if (
         not isinstance(shape, (list, tuple))
         or len(shape) != 3
-        or not all(isinstance(n, int) and 0 < n < 1 << 31 for n in shape)
+        or not all(type(n) is int and 0 < n < 1 << 31 for n in shape)
         or math.prod(shape) * 4 > MAP_MAX_BYTES
     ):
         raise CorruptError(f"layer {layer!r} has shape {shape!r}; three positive numbers of at most 4 GiB are sound")

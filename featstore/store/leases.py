@@ -39,6 +39,7 @@ TTL_SECONDS = 120.0
 _MAX_BYTES = 4096
 _NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 _TRIES = 100
+_RENEWALS = 10
 _POLL_SECONDS = (0.02, 0.2)
 
 
@@ -76,19 +77,30 @@ class Lease:
         with self._lock:
             if self._over:
                 return False
-            expires = time.time() + TTL_SECONDS
-            key = _key(self.run, self.block, self._generations[-1] + 1)
-            # Whoever slept through its time must not come back beside those who have held the block since.
-            slept = time.time() >= self._expires
-            if slept or not self._objects.put_new(key, _statement(self._nonce, expires), durable=False):
+            if not self._put_next():
                 self._over = True
                 self._delete()
                 return False
-            self._expires = expires
             self._generations.append(self._generations[-1] + 1)
             # The one before stays, so that a listing that goes on at this moment sees one of the two.
             self._delete(keep=2)
             return True
+
+    def _put_next(self) -> bool:
+        """Create the next generation; False if its time is over, or somebody else's is there and stays."""
+        key = _key(self.run, self.block, self._generations[-1] + 1)
+        for left in reversed(range(_RENEWALS)):
+            now = time.time()
+            # Whoever slept through its time must not come back beside those who have held the block since.
+            if now >= self._expires:
+                return False
+            if self._objects.put_new(key, _statement(self._nonce, now + TTL_SECONDS), durable=False):
+                self._expires = now + TTL_SECONDS
+                return True
+            # Perhaps of one who found an earlier holder's gone: that one looks again, sees this one, and steps back.
+            if left:
+                time.sleep(random.uniform(*_POLL_SECONDS))
+        return False
 
     def release(self) -> None:
         """Give it back. What cannot be deleted now expires."""

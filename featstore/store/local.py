@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from featstore.store.crc import crc32c_cached
 from featstore.store.objects import INTERNAL, LOCKS, Objects, Snapshot, check_key, lock_number
 
 _IOV_MAX = 1024
-_READ = os.O_RDONLY | os.O_CLOEXEC
+# Not blocking: a named pipe would wait for its other end. To files it makes no difference.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 # Not mkstemp: a store is shared, so a file's mode follows the umask.
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _PIECE_BYTES = 256 << 10
@@ -70,7 +72,11 @@ class LocalSnapshot(Snapshot):
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, _READ)
-        self.size_bytes = os.fstat(self._fd).st_size
+        try:
+            self.size_bytes = _file_bytes(self._fd, path)
+        except CorruptError:
+            os.close(self._fd)
+            raise
 
     @override
     def close(self) -> None:
@@ -180,7 +186,7 @@ class LocalObjects(Objects):
         except OSError as error:
             raise _unopened(path, error) from None
         try:
-            size_bytes = os.fstat(fd).st_size
+            size_bytes = _file_bytes(fd, path)
             data = os.pread(fd, size_bytes, 0) if max_bytes is None or size_bytes <= max_bytes else b""
         except OSError as error:
             raise storage_error("read", path, error) from error
@@ -335,6 +341,10 @@ class LocalObjects(Objects):
 
     @override
     def require_writable(self) -> None:
+        if (self.root / INTERNAL).is_symlink():  # A stranger's: locks and unfinished files would go to another place.
+            raise StorageError(
+                f"{str(self.root / INTERNAL)!r} is a link, and not a folder of this store", hint="delete that link"
+            )
         for path in (self.root, self.root / INTERNAL):
             if path.exists() and not os.access(path, os.W_OK | os.X_OK):
                 raise storage_error("write", path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -344,12 +354,23 @@ class LocalObjects(Objects):
         return partial.sweep(self.root / INTERNAL)
 
 
+def _file_bytes(fd: int, path: str) -> int:
+    """Length of an open file; CorruptError if it is a folder, a pipe or a device, which a stranger's store may hold."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptError(f"{path!r} is no file")
+    return status.st_size
+
+
 def _open_lock(path: str) -> int:
-    """A descriptor to lock; of a colleague's file that we may only read, that is enough."""
+    """A descriptor to lock; of a colleague's file that we may only read, that is enough.
+
+    Never one behind a link: opening that for writing would create whatever it points to.
+    """
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except PermissionError:
-        return os.open(path, _READ)
+        return os.open(path, _READ | os.O_NOFOLLOW)
 
 
 def _link(temporary: str, path: str) -> None:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from featstore.errors import BusyError, CorruptError, IncompatibleError, NotFoundError
-from featstore.store import catalog, completeness, layout, leases
+from featstore.store import catalog, completeness, layout, leases, metadata
 from featstore.store.dataset import StoredDataset
 from featstore.store.objects import Objects
 from featstore.store.parallel import each
@@ -191,7 +191,7 @@ def _remove_groups(objects: Objects, path: str) -> None:
         key = f"{folder}/{layout.ROOT}"
         if objects.names(folder) != [layout.ROOT]:
             return
-        data = objects.get(key)
+        data = objects.get(key, max_bytes=metadata.MAX_BYTES)
         objects.delete(key)
         # Somebody who creates a run here meanwhile has found the document there.
         if objects.names(folder):

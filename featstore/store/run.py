@@ -72,12 +72,16 @@ class Run:
             raise CorruptError(f"{name} is damaged: its recipe does not match its fingerprint", hint=hint)
         if path != layout.run_path(dataset.name, self.recipe.path):
             raise CorruptError(f"{name} describes a run that belongs at {dataset.name}/{self.recipe.path}")
-        self.block_length: int = own["block_length"]
-        self.batch_size: int = own["batch_size"]
+        self.block_length: int = _count(name, "block length", own["block_length"])
+        self.batch_size: int = _count(name, "batch size", own["batch_size"])
         self.compressed: bool = own["compressed"] is True
         if not 1 <= self.block_length <= layout.BLOCK_MAX_IMAGES:
             raise CorruptError(f"{name}: block length {self.block_length} is outside 1..{layout.BLOCK_MAX_IMAGES}")
         self.provenance: tuple[Mapping[str, Any], ...] = tuple(own["provenance"])
+        if not all(isinstance(entry, dict) for entry in self.provenance):
+            raise CorruptError(f"{name}: its provenance is no list of entries", hint=metadata.remedy(name))
+        if len(own["layers"]) > layout.MAX_LAYERS:
+            raise CorruptError(f"{name} names {len(own['layers'])} layers; at most {layout.MAX_LAYERS} are sound")
         precision = precisions.of(self.recipe.precision)
         reduced = {layer: Reduced.from_json(value) for layer, value in own["reduced"].items()}
         self.layers = {
@@ -460,3 +464,10 @@ class Run:
         if info.reduced is None:
             return None
         return basis.load(self.dataset.objects, self.path, layer, info.reduced, info.shape[0])
+
+
+def _count(name: str, what: str, value: object) -> int:
+    """``value`` as a number of images that the document ``name`` speaks of."""
+    if type(value) is not int:
+        raise CorruptError(f"{name}: {what} {value!r} is no whole number", hint=metadata.remedy(name))
+    return value

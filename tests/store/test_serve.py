@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import re
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import featstore.store as fs
 from featstore.errors import BadRequestError, StorageError
@@ -344,15 +348,99 @@ def test_what_is_no_request_is_harmless(get, data):
     assert get("/zarr.json").status == 200
 
 
+PIECES = [
+    b"..",
+    b".",
+    b"/",
+    b"%2e",
+    b"%2f",
+    b"%5c",
+    b"%25",
+    b"%00",
+    b"%0d%0a",
+    b"\\",
+    b"toy",
+    b"zarr.json",
+    b"secret.txt",
+]
+PIECES += [b".featstore", b".hidden", b"?", b"#", b"http://x", b"~", b"%c0%ae", b"\xff", b"%", b"%u002e", b";", b":"]
+NUMBERS = ["0", "1", "-1", "", "5", "9" * 25, "1e3", "0x1", " 1", "+1", "١", "4294967296", "1_0"]
+HEADERS = [
+    "Range",
+    "Range",
+    "If-Range",
+    "If-Match",
+    "If-None-Match",
+    "Host",
+    "Authorization",
+    "Content-Length",
+    "Expect",
+]
+RANGES = st.lists(st.tuples(st.sampled_from(NUMBERS), st.sampled_from(["-", "--", "", ":"]), st.sampled_from(NUMBERS)))
+VALUES = (
+    RANGES.map(lambda parts: "bytes=" + ",".join(map("".join, parts)))
+    | st.sampled_from(NUMBERS)
+    | st.text('a"*,/ \t=é\x01', max_size=9)
+)
+
+
+def count_requests(served, told, count):
+    """Requests made of what leads elsewhere, and headers that make no sense: never a byte of what is no object."""
+    objects = {p.read_bytes() for p in served.root.rglob("[!.]*") if p.is_file() and ".featstore" not in p.parts}
+    whole = b"".join(objects)
+    seen = Counter()
+
+    @hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(
+        pieces=st.lists(st.sampled_from(PIECES), max_size=6) | st.sampled_from([[b"zarr.json"], [b"toy/zarr.json"]]),
+        headers=st.dictionaries(st.sampled_from(HEADERS), VALUES, max_size=3),
+        method=st.sampled_from([b"GET", b"GET", b"GET", b"GET", b"HEAD", b"POST", b"\x00"]),
+    )
+    def each(pieces, headers, method):
+        asked = {"Host": "localhost", **headers}
+        lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in asked.items())
+        target = b"/" + b"".join(pieces)
+        with served.get.connect() as connection:
+            connection.sendall(method + b" " + target + b" HTTP/1.1\r\n" + lines + b"Connection: close\r\n\r\n")
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 16):
+                    answer += part
+        assert SECRET not in answer
+        status = int(answer[9:12]) if answer else 0
+        assert status in (0, 200, 206, 304, 400, 401, 404, 405, 412, 416, 421, 431), (status, target, lines)
+        body = answer.partition(b"\r\n\r\n")[2]
+        if status == 206 and b"multipart" not in answer:
+            assert body in whole
+        elif status == 200 and body and b"text/html" not in answer:
+            assert body in objects
+        seen[status] += 1
+
+    each()
+    assert served.get("/zarr.json").status == 200
+    told(
+        f"{seen.total()} hostile requests, by status (0: the connection was just closed): {dict(sorted(seen.items()))}"
+    )
+
+
+def test_made_up_requests_are_harmless(served, told):
+    count_requests(served, told, 150)
+
+
+@pytest.mark.full
+def test_many_made_up_requests_are_harmless(served, told):
+    count_requests(served, told, 3000)
+
+
 def basic(token, name="me"):
     return "Basic " + base64.b64encode(f"{name}:{token}".encode()).decode()
 
 
 def test_with_a_token_nothing_is_served_without_it(serve_store):
     get = serve_store(token="horse-battery").get
-    for given in ("Bearer horse-battery", "bearer  horse-battery", basic("horse-battery"), basic("horse-battery", "")):
+    for right in ("Bearer horse-battery", "bearer  horse-battery", basic("horse-battery"), basic("horse-battery", "")):
         for target in ("/", "/zarr.json"):
-            assert get(target, Authorization=given).status == 200
+            assert get(target, Authorization=right).status == 200
     wrong = [
         "",
         "Bearer",

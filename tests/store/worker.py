@@ -171,12 +171,21 @@ def probe(job):
     """Everything that one can do with a store, in little memory and time."""
     from probe import everything
 
-    everything("/nonexistent")  # What is imported late, is so now.
+    os.fsync = lambda fd: None  # Nobody cuts the power, and there are many stores.
     # The room that the process has taken until now, in pages.
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + job["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"],) * 2)
     return everything(job["url"], write=job["write"])
+
+
+def prepare_probes():
+    """Import here, once, what `probe` needs: those who are forked from here have it."""
+    import dask.array
+    from probe import everything
+
+    dask.array.zeros(1).compute(scheduler="sync")
+    everything("/nonexistent")
 
 
 def say(value):
@@ -189,9 +198,12 @@ def serve():
         # Only now is the last child let go of: until then its id cannot be given to another process.
         if last is not None:
             os.waitpid(last, 0)
+        job = json.loads(line)
+        if job.get("probe"):
+            prepare_probes()
         last = os.fork()
         if last == 0:
-            say(do(json.loads(line)))
+            say(do(job))
             os._exit(0)
         say({"pid": last})
         say({"status": os.waitid(os.P_PID, last, os.WEXITED | os.WNOWAIT).si_status})
