@@ -11,9 +11,10 @@ import numpy as np
 import PIL
 
 from featstore import cache
-from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array
+from featstore.datasets.base import Dataset, DatasetInfo, Keypoints, Sample, UInt8Array
 from featstore.datasets.entries import DatasetEntry
-from featstore.datasets.toyhorse import CLASSES, IMAGE_SIZE_PX, SPLITS, Picture, render_split
+from featstore.datasets.toyhorse import CLASSES, IMAGE_SIZE_PX, KEYPOINTS, SPLITS, Picture, render_split
+from featstore.datasets.toyhorse.labels import RARE_COATS
 from featstore.errors import BadRequestError
 
 CAPTION_KINDS = ("plain", "fine")
@@ -22,6 +23,7 @@ INFO = DatasetInfo(
     name="toyhorse",
     title="Toyhorse: rendered horses with exact ground truth (embedded)",
     classes=CLASSES,
+    image_classes=RARE_COATS,
     plain_prompt="a horse",
     prompt="a horse, high quality, best quality, highly realistic, masterpiece",
     quality_words={
@@ -90,6 +92,22 @@ class ToyHorse(Dataset):
     def mask(self, key: str) -> UInt8Array:
         """The picture's parts, uint8 (64, 64), labels 0..20 of Horse-21; a copy."""
         return self.picture(key).parts.copy()
+
+    def keypoints(self, key: str) -> Keypoints:
+        """The joints and landmarks of the picture's horse, and its box with its tack but without any person."""
+        picture = self.picture(key)
+        x0, y0, x1, y1 = map(float, picture.bbox)
+        return Keypoints(
+            names=KEYPOINTS,
+            xy_px=picture.keypoints[:, :2].copy(),
+            visible=picture.keypoints[:, 2] > 0,
+            box_px=(x0, y0, x1, y1),
+            category="horse",
+        )
+
+    def image_label(self, key: str) -> int:
+        """The coat of the picture's horse; all pictures of the set are in the rare style, which has four."""
+        return RARE_COATS.index(self.picture(key).coat)
 
     def caption(self, key: str, kind: str) -> str:
         """The picture's ``plain`` or ``fine`` caption, from ground truth (so: an oracle)."""

@@ -33,8 +33,8 @@ class DatasetEntry:
     """Opens it; gets the folder of ``where``. Raises NotFoundError if the files are absent."""
     folder: str | None = None
     """Its folder below the data root; None: it has no files of its own."""
-    probe: str = "."
-    """What exists below that folder if the set is there."""
+    probe: str | tuple[str, ...] = "."
+    """What exists below that folder if the set is there; of several, any."""
 
     def where(self, data_root: Path | None = None) -> Path | None:
         """The folder that it looks in, whether or not that exists; None: it needs none."""
@@ -43,7 +43,8 @@ class DatasetEntry:
     def present(self, data_root: Path | None = None) -> bool:
         """Whether it can be opened, as far as a look at one path tells."""
         where = self.where(data_root)
-        return where is None or (where / self.probe).exists()
+        probes = (self.probe,) if isinstance(self.probe, str) else self.probe
+        return where is None or any((where / probe).exists() for probe in probes)
 
 
 DATASETS: Registry[DatasetEntry] = Registry("data set")

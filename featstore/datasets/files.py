@@ -55,13 +55,17 @@ class FileDataset(Dataset):
     def samples(self) -> tuple[Sample, ...]:
         """All samples; the first read hashes every file that the cache does not know."""
         if self._samples is None:
-            images = [item.image for item in self.items]
-            digests = file_digests(self.root, images, cache_from_bytes=self._cache_from_bytes)
+            digests = self._digests()
             self._samples = tuple(
                 Sample(key=item.key, digest=digest, split=item.split)
                 for item, digest in zip(self.items, digests, strict=True)
             )
         return self._samples
+
+    def _digests(self) -> list[str]:
+        """The digest of each item."""
+        images = [item.image for item in self.items]
+        return file_digests(self.root, images, cache_from_bytes=self._cache_from_bytes)
 
     def image(self, key: str) -> UInt8Array:
         """The image in the sample's file, uint8 (H, W, 3)."""
@@ -90,8 +94,10 @@ def file_digests(
     *,
     cache_from_bytes: int = CACHE_FROM_BYTES,
     advance: Callable[[], None] | None = None,
+    digest_of: Callable[[Path], str] | None = None,
+    kind: str = "folder-digests",
 ) -> list[str]:
-    """SHA-256 (hex) of each file's bytes.
+    """SHA-256 (hex) of each file's bytes, or what ``digest_of`` gives for it.
 
     A file that cannot be read gets a digest that no file has: it stays a sample, fails when it is
     decoded, and is tried again once it can be read.
@@ -101,12 +107,15 @@ def file_digests(
         paths: the files.
         cache_from_bytes: from how many bytes in all the digests are kept and looked up in the cache.
         advance: called once for each file, when its digest is known.
+        digest_of: what is taken for a file's digest in place of the SHA-256 of its bytes; see `unreadable_digest`.
+        kind: name of the cache entry's kind, one for each ``digest_of``.
     """
     advance = advance or (lambda: None)
+    take = digest_of or _digest
     stats = [_stat(path) for path in paths]
     use_cache = sum(size for size, *_ in stats) >= cache_from_bytes
     identity = str(root.absolute())
-    loaded = cache.load("folder-digests", identity) if use_cache else None
+    loaded = cache.load(kind, identity) if use_cache else None
     known = loaded if isinstance(loaded, dict) else {}
     names = [os.path.relpath(path, root) for path in paths]
     digests: list[str | None] = []
@@ -119,7 +128,7 @@ def file_digests(
             digests.append(None)
     missing = [index for index, digest in enumerate(digests) if digest is None]
     with concurrent.futures.ThreadPoolExecutor(max_workers=_HASHING_THREADS) as pool:
-        for index, digest in zip(missing, pool.map(lambda index: _digest(paths[index]), missing), strict=True):
+        for index, digest in zip(missing, pool.map(lambda index: take(paths[index]), missing), strict=True):
             digests[index] = digest
             advance()
     if use_cache and missing:
@@ -130,7 +139,7 @@ def file_digests(
             for name, stat, digest in zip(names, stats, digests, strict=True)
             if 0 < stat[1] < settled_before_ns
         }
-        cache.save("folder-digests", identity, entries)
+        cache.save(kind, identity, entries)
     return [digest for digest in digests if digest is not None]
 
 
@@ -148,4 +157,9 @@ def _digest(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
-        return hashlib.sha256(b"featstore: a file that cannot be read\0" + os.fsencode(path)).hexdigest()
+        return unreadable_digest(path)
+
+
+def unreadable_digest(path: Path) -> str:
+    """A digest that no file has, for one that cannot be read."""
+    return hashlib.sha256(b"featstore: a file that cannot be read\0" + os.fsencode(path)).hexdigest()

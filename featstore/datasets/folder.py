@@ -11,6 +11,9 @@ The mask of ``P/NAME.jpg`` is the one of these that exists (two are refused):
 - ``P/masks/NAME.npy`` or ``P/masks/NAME.png``
 - ``P/../masks/NAME.npy`` or ``.png`` where P is called ``images``
 
+Where every image lies in ``CLASS/NAME`` or every one in ``SPLIT/CLASS/NAME``, its folder is also the class of the whole
+image; folders called ``images`` are none.
+
 So ``NAME.png`` beside ``NAME.jpg`` is an image, and what lies in folders called ``masks`` never is.
 Labels are class indices, 255 for "no label".
 """
@@ -19,7 +22,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from typing_extensions import override
 
 from featstore.datasets.base import Dataset, DatasetInfo
 from featstore.datasets.entries import DatasetEntry
@@ -63,13 +69,20 @@ class FolderDataset(FileDataset):
             )
         for item in items:
             _check_mask(item)
+        self._folder_classes = _folder_classes(items)
         info = DatasetInfo(
             name=_store_name(root, taken_names),
             title=f"images of {root.resolve().name}",
+            image_classes=self._folder_classes,
             plain_prompt="a photo",
             source=f"the folder {root.resolve()}",
         )
         super().__init__(info, root, items, cache_from_bytes=cache_from_bytes)
+
+    @override
+    def image_label(self, key: str) -> int | None:
+        folder = self._item(key).key.split("/")[-2:-1]
+        return self._folder_classes.index(folder[0]) if self._folder_classes else None
 
 
 def _scan(root: Path) -> tuple[list[Path], dict[Path, Path], list[Path]]:
@@ -142,6 +155,14 @@ def _item(root: Path, image: Path, masks: dict[Path, Path]) -> FileItem:
     key = _key(root, image)
     first = key.split("/")[0].lower() if "/" in key else ""
     return FileItem(key=key, image=image, mask=there[0] if there else None, split=first if first in SPLITS else "all")
+
+
+def _folder_classes(items: Sequence[FileItem]) -> tuple[str, ...]:
+    """Names of the folders that whole images are sorted into, ascending; empty where the folder is not of that form."""
+    if {(item.key.count("/"), item.split != "all") for item in items} not in ({(1, False)}, {(2, True)}):
+        return ()
+    names = tuple(sorted({item.key.split("/")[-2] for item in items}))
+    return () if "images" in names else names
 
 
 def _check_mask(item: FileItem) -> None:

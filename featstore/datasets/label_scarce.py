@@ -111,7 +111,8 @@ class LabelScarceDataset(FileDataset):
             places = " and ".join(str(root.absolute() / "real" / split) for split in absent)
             raise NotFoundError(
                 f"data set {name!r}: no images in {places}",
-                hint=f"unpack {SOURCE} ({ARCHIVE_URL}) into {root.parent.absolute()}, "
+                hint=f"`featstore datasets fetch {name}` gets them; or unpack {SOURCE} ({ARCHIVE_URL}) into "
+                f"{root.parent.absolute()}, "
                 "or name the folder that holds it with --data-root or $FEATSTORE_DATA",
             )
         info = DatasetInfo(

@@ -6,9 +6,12 @@ Images come as uint8 (H, W, 3) RGB in 0..255: turned upright by EXIF, transparen
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from featstore.datasets.base import IGNORE_LABEL, UInt8Array, UnreadableImageError
@@ -66,16 +69,25 @@ def read_image(path: Path) -> UInt8Array:
         UnreadableImageError: if there is none, it is truncated, too large or of a kind without a
             meaning as RGB; the message is the reason.
     """
+    return _read_rgb(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> UInt8Array:
+    """The image in the bytes of a file, as `read_image` gives it; messages call it ``name``."""
+    return _read_rgb(io.BytesIO(data), name)
+
+
+def _read_rgb(source: Path | io.BytesIO, name: str) -> UInt8Array:
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(source, formats=_FORMATS) as image:
             _check_size(image)
             image.load()
             transposition = _TRANSPOSITIONS.get(_orientation(image))
             rgb = _to_rgb(image if transposition is None else image.transpose(transposition))
     except UnreadableImageError as error:
-        raise UnreadableImageError(f"{path}: {error}") from None
+        raise UnreadableImageError(f"{name}: {error}") from None
     except Exception as error:  # damaged files make decoders raise anything
-        raise UnreadableImageError(f"{path}: {_reason(error)}") from error
+        raise UnreadableImageError(f"{name}: {_reason(error)}") from error
     return rgb
 
 
@@ -146,21 +158,35 @@ def read_mask(path: Path) -> UInt8Array:
         UnreadableImageError: if the file is damaged or labels lie outside 0..255.
     """
     try:
-        if path.suffix.lower() == ".npy":
-            values = np.array(_open_npy(path))
-        else:
-            with Image.open(path, formats=_FORMATS) as image:
-                values = np.array(image)
+        values = np.array(_open_npy(path)) if path.suffix.lower() == ".npy" else _read_labels(path)
     except BadRequestError as error:
         raise UnreadableImageError(str(error), hint=error.hint) from error
     except Exception as error:  # damaged files make decoders raise anything
         raise UnreadableImageError(f"mask {path}: {_reason(error)}") from error
+    return _as_labels(values, str(path))
+
+
+def decode_mask(data: bytes, name: str) -> UInt8Array:
+    """The labels in the bytes of an image file, as `read_mask` gives them; messages call it ``name``."""
+    try:
+        values = _read_labels(io.BytesIO(data))
+    except Exception as error:  # damaged files make decoders raise anything
+        raise UnreadableImageError(f"mask {name}: {_reason(error)}") from error
+    return _as_labels(values, name)
+
+
+def _read_labels(source: Path | io.BytesIO) -> npt.NDArray[np.generic]:
+    with Image.open(source, formats=_FORMATS) as image:
+        return np.array(image)
+
+
+def _as_labels(values: npt.NDArray[Any], name: str) -> UInt8Array:
     if values.dtype.kind == "i":
         values = np.where(values == -1, IGNORE_LABEL, values)
     if values.ndim != 2 or values.dtype.kind not in "uib":
-        raise UnreadableImageError(f"mask {path}: shape {values.shape} of {values.dtype} are no labels")
+        raise UnreadableImageError(f"mask {name}: shape {values.shape} of {values.dtype} are no labels")
     if values.size and (values.min() < 0 or values.max() > 255):
-        raise UnreadableImageError(f"mask {path}: labels {values.min()}..{values.max()} outside 0..255")
+        raise UnreadableImageError(f"mask {name}: labels {values.min()}..{values.max()} outside 0..255")
     return values.astype(np.uint8)
 
 

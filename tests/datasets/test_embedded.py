@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from featstore.datasets import embedded, resolve
-from featstore.datasets.toyhorse import render_split
+from featstore.datasets.toyhorse import CLASSES, KEYPOINTS, render_split
 from featstore.errors import BadRequestError
 
 
@@ -58,6 +58,20 @@ def test_shapes_and_names() -> None:
     assert len(dataset.info.classes) == 21
     assert mask.max() < 21
     assert dataset.info.prompt == "a horse, high quality, best quality, highly realistic, masterpiece"
+
+
+def test_image_labels_are_coats_and_every_split_has_each_often_enough() -> None:
+    dataset = resolve("toyhorse")
+    coats = dataset.info.image_classes
+    assert coats == ("strawberry roan", "blue roan", "dapple grey", "silver dapple")
+    for index, sample in enumerate(dataset.samples):
+        label = dataset.image_label(sample.key)
+        assert coats[label] == render_split(index).coat
+    for split, least in (("train", 5), ("val", 5), ("test", 18)):
+        counts = Counter(dataset.image_label(sample.key) for sample in dataset.samples if sample.split == split)
+        assert min(counts[label] for label in range(4)) >= least
+    with pytest.raises(BadRequestError, match="no image 'test-100'"):
+        dataset.image_label("test-100")
 
 
 def test_what_is_handed_out_can_be_written_to() -> None:
@@ -109,3 +123,23 @@ def test_bad_keys_and_captions_are_refused() -> None:
         dataset.caption("train-000", "poem")
     assert dataset.caption_source is not None
     assert dataset.caption_source.startswith("toyhorse/fine/")
+
+
+def test_keypoints_are_those_of_the_renderer() -> None:
+    dataset, picture = resolve("toyhorse"), render_split(31)
+    points = dataset.keypoints("val-001")
+    assert points is not None
+    assert points.names == KEYPOINTS
+    assert points.category == "horse"
+    np.testing.assert_array_equal(points.xy_px, picture.keypoints[:, :2])
+    np.testing.assert_array_equal(points.visible, picture.keypoints[:, 2] == 1)
+    assert points.box_px == picture.bbox
+    x0, y0, x1, y1 = points.box_px
+    horse = ~np.isin(picture.parts, [CLASSES.index("background"), CLASSES.index("person")])
+    rows, columns = np.flatnonzero(horse.any(1)), np.flatnonzero(horse.any(0))
+    assert (x0, y0, x1, y1) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    assert dataset.pairs is None
+    points.xy_px[:] = 0
+    again = dataset.keypoints("val-001")
+    assert again is not None
+    assert again.xy_px.any()

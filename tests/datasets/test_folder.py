@@ -258,3 +258,47 @@ def test_captions_are_refused(tmp_path: Path) -> None:
     assert dataset.caption_source is None
     with pytest.raises(BadRequestError, match="no captions"):
         dataset.caption("a.png", "fine")
+
+
+def image_labels(folder: Path) -> tuple[tuple[str, ...], dict[str, int | None]]:
+    dataset = resolve(f"folder:{folder}")
+    return dataset.info.image_classes, {sample.key: dataset.image_label(sample.key) for sample in dataset.samples}
+
+
+def test_images_that_are_sorted_into_folders_have_classes(tmp_path: Path) -> None:
+    for name in ("dog/a.png", "cat/b.png", "dog/c.jpg"):
+        save_image(tmp_path / "plain" / name)
+        save_image(tmp_path / "split" / "train" / name)
+    save_image(tmp_path / "split" / "Test" / "horse" / "d.png")
+    save_mask(tmp_path / "plain" / "dog" / "a.npy")
+    assert image_labels(tmp_path / "plain") == (("cat", "dog"), {"cat/b.png": 0, "dog/a.png": 1, "dog/c.jpg": 1})
+    assert image_labels(tmp_path / "split") == (
+        ("cat", "dog", "horse"),
+        {"Test/horse/d.png": 2, "train/cat/b.png": 0, "train/dog/a.png": 1, "train/dog/c.jpg": 1},
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.png", "cat/b.png"],
+        ["train/a.png", "test/b.png"],
+        ["train/cat/a.png", "test/b.png"],
+        ["train/cat/a.png", "cat/b.png"],
+        ["train/cat/a.png", "other/cat/b.png"],
+        ["cat/sub/a.png", "dog/b.png"],
+        ["train/images/a.png", "test/images/b.png"],
+        ["images/a.png"],
+    ],
+    ids=" ".join,
+)
+def test_other_folders_have_none(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        save_image(tmp_path / name)
+    assert image_labels(tmp_path) == ((), dict.fromkeys(sorted(names)))
+
+
+def test_the_class_of_an_unknown_image_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "cat" / "a.png")
+    with pytest.raises(BadRequestError, match="unknown image"):
+        resolve(f"folder:{tmp_path}").image_label("cat/b.png")
