@@ -61,7 +61,9 @@ class SegmentationScores:
     miou: float
     """Mean of ``iou`` over the classes that have one."""
     accuracy: float
-    """Part of the labelled pixels that are right."""
+    """Part of the labelled pixels that are right (aAcc)."""
+    macc: float
+    """Mean over the classes that are in the truth: the part of a class's pixels that are right (mAcc)."""
     classes: tuple[str, ...]
     """Names of the classes, in label order."""
     iou: tuple[float | None, ...]
@@ -70,10 +72,10 @@ class SegmentationScores:
     """Labelled pixels of each class in the truth."""
 
     def to_json(self) -> dict[str, Any]:
-        """``{"miou", "accuracy", "per_class": [{"class", "iou", "pixels"}]}`` of plain JSON values."""
+        """``{"miou", "accuracy", "macc", "per_class": [{"class", "iou", "pixels"}]}`` of plain JSON values."""
         rows = zip(self.classes, self.iou, self.pixels, strict=True)
         per_class = [{"class": name, "iou": iou, "pixels": pixels} for name, iou, pixels in rows]
-        return {"miou": self.miou, "accuracy": self.accuracy, "per_class": per_class}
+        return {"miou": self.miou, "accuracy": self.accuracy, "macc": self.macc, "per_class": per_class}
 
 
 class SegmentationMeter:
@@ -114,17 +116,19 @@ class SegmentationMeter:
         return matrix
 
     def compute(self) -> SegmentationScores:
-        """The scores of what was counted; mIoU and accuracy are NaN if no labelled pixel was."""
+        """The scores of what was counted; mIoU and both accuracies are NaN if no labelled pixel was."""
         matrix = self.confusion
         right = np.diag(matrix)
         union = matrix.sum(0) + matrix.sum(1) - right
         iou = [float(r / u) if u else None for r, u in zip(right, union, strict=True)]
         present = [value for value in iou if value is not None]
         total = int(matrix.sum())
+        true = matrix.sum(1)
         return SegmentationScores(
             miou=float(np.mean(present)) if present else math.nan,
             accuracy=float(right.sum() / total) if total else math.nan,
+            macc=float(np.mean(right[true > 0] / true[true > 0])) if total else math.nan,
             classes=self._classes,
             iou=tuple(iou),
-            pixels=tuple(int(n) for n in matrix.sum(1)),
+            pixels=tuple(int(n) for n in true),
         )

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from featstore.errors import BadRequestError
 from featstore.metrics import SegmentationMeter, small_area_mask, small_area_min_px
@@ -55,6 +55,8 @@ def test_a_case_worked_by_hand():
     assert scores.iou == pytest.approx((2 / 4, 2 / 5, 1 / 2, None))
     assert scores.miou == pytest.approx((2 / 4 + 2 / 5 + 1 / 2) / 3)
     assert scores.accuracy == pytest.approx(5 / 8)
+    # right of each class's own pixels: a 2 of 3, b 2 of 3, c 1 of 2; d has none in the truth
+    assert scores.macc == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
     assert scores.pixels == (3, 3, 2, 0)
     assert scores.to_json()["per_class"][3] == {"class": "d", "iou": None, "pixels": 0}
 
@@ -64,6 +66,7 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
     meter.update(np.array([[0, 1]], np.uint8), np.array([[0, 0]], np.uint8))
     assert meter.compute().iou == (0.5, 0.0)
     assert meter.compute().miou == 0.25
+    assert meter.compute().macc == 0.5  # of the one class that is in the truth
 
 
 def test_scores_over_several_images_equal_those_of_sklearn_over_all_pixels():
@@ -80,6 +83,7 @@ def test_scores_over_several_images_equal_those_of_sklearn_over_all_pixels():
     np.testing.assert_allclose(scores.iou, jaccard_score(truth[named], predicted[named], average=None), rtol=1e-6)
     assert scores.miou == pytest.approx(jaccard_score(truth[named], predicted[named], average="macro"))
     assert scores.accuracy == pytest.approx(accuracy_score(truth[named], predicted[named]))
+    assert scores.macc == pytest.approx(balanced_accuracy_score(truth[named], predicted[named]))
 
 
 def test_without_labelled_pixels_there_is_no_score():
@@ -89,6 +93,7 @@ def test_without_labelled_pixels_there_is_no_score():
     scores = meter.compute()
     assert math.isnan(scores.miou)
     assert math.isnan(scores.accuracy)
+    assert math.isnan(scores.macc)
     assert scores.iou == (None, None)
 
 

@@ -13,7 +13,12 @@ from torch import Tensor
 from featstore.errors import BadRequestError, unknown_name
 from featstore.heads.features import FeaturesSpec
 
-KINDS = {"pixel": "head:PixelHead"}
+KINDS = {
+    "classification": "classification:ClassificationHead",
+    "correspondence": "correspondence:CorrespondenceHead",
+    "pixel": "head:PixelHead",
+    "upernet": "upernet:UPerNetHead",
+}
 """Every kind of head and where it lives: module of this package and class."""
 
 

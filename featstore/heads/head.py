@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from featstore.errors import BadRequestError
+from featstore.heads.amalgamation import run_weights
 from featstore.heads.base import Head
 from featstore.heads.features import FeaturesSpec
 from featstore.heads.pixels import PixelHeadConfig, PixelMembers, jensen_shannon, majority_vote, member_generator
@@ -28,7 +29,7 @@ _CHUNK_BYTES = 8 * 1024**2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PixelSpec:
-    """What a pixel head was trained on, and therefore needs."""
+    """What a head that labels pixels was trained on, and therefore needs."""
 
     features: FeaturesSpec
     """The maps that it reads."""
@@ -38,6 +39,22 @@ class PixelSpec:
     """(h, w) of the label grid in pixels."""
     ignore_label: int = 255
     """Label of pixels that do not count."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the features as plain JSON; `of` is its inverse."""
+        return {"classes": list(self.classes), "size": list(self.size), "ignore_label": self.ignore_label}
+
+    @classmethod
+    def of(cls, features: FeaturesSpec, facts: Mapping[str, Any]) -> Self:
+        """The specification with these facts; KeyError or ValueError if they are none."""
+        height, width = facts["size"]
+        return cls(
+            features=features,
+            classes=tuple(facts["classes"]),
+            size=(height, width),
+            ignore_label=facts["ignore_label"],
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +94,7 @@ class PixelHead(Head):
     @property
     @override
     def facts(self) -> dict[str, Any]:
-        return {
-            "classes": list(self.spec.classes),
-            "size": list(self.spec.size),
-            "ignore_label": self.spec.ignore_label,
-        }
+        return self.spec.facts
 
     @property
     @override
@@ -91,13 +104,7 @@ class PixelHead(Head):
     @classmethod
     @override
     def build(cls, features: FeaturesSpec, facts: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
-        height, width = facts["size"]
-        spec = PixelSpec(
-            features=features,
-            classes=tuple(facts["classes"]),
-            size=(height, width),
-            ignore_label=facts["ignore_label"],
-        )
+        spec = PixelSpec.of(features, facts)
         values = dict(config)
         if values.get("hidden") is not None:
             values["hidden"] = tuple(values["hidden"])
@@ -188,7 +195,7 @@ class PixelHead(Head):
             here = slice(start, min(start + chunk, total))
             pixels = torch.arange(here.start, here.stop, device=tables.device)
             vectors, attention = tables.gather(pixels, (memory[0][: len(pixels)], memory[1][: len(pixels)]))
-            outputs = [member(vectors.unsqueeze(0), attention.unsqueeze(0)) for member in members]
+            outputs = [_say(member, vectors.unsqueeze(0), attention.unsqueeze(0)) for member in members]
             probabilities = torch.cat([logits for logits, _ in outputs]).softmax(1)
             labels[here] = majority_vote(probabilities).cpu().numpy()
             member_labels[:, here] = probabilities.argmax(1).cpu().numpy()
@@ -205,3 +212,9 @@ class PixelHead(Head):
             weights=None if weights is None else weights.reshape(*shape, runs).transpose(0, 3, 1, 2),
             assigner_weights=(torch.stack(means).sum(0) / total).float().numpy() if means else None,
         )
+
+
+def _say(member: PixelMembers, runs: Tensor, beside: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits (1, classes, P), and what each run weighs (1, n, K, P); weights per channel are not kept."""
+    logits, weights = member(runs, beside)
+    return logits, None if weights is None else run_weights(weights)

@@ -33,6 +33,8 @@ class PixelHeadConfig:
     """
     assigner_hidden: int = 16
     """Hidden channels of an assigner."""
+    per_channel: bool = False
+    """Whether an assigner weighs each channel apart, as the authors' code does, and not each run as a whole."""
     gamma1: float = 1e-3
     """Factor of the regulariser's sparsity term; the paper tunes it per data set."""
     gamma2: float = 1e-3
@@ -110,6 +112,7 @@ class PixelMembers(MemberModule):
                 channels=channels,
                 assigners=config.assigners,
                 hidden=config.assigner_hidden,
+                per_channel=config.per_channel,
                 generators=generators,
             )
             if runs > 1
@@ -131,7 +134,8 @@ class PixelMembers(MemberModule):
             attention: (M, P, A) float32, standardised.
 
         Returns:
-            logits (M, classes, P) float32, and the assigners' weights (M, n, K, P), None for one run.
+            logits (M, classes, P) float32, and the assigners' weights (M, n, K, P), (M, n, K, C, P) where
+            they are per channel, None for one run.
         """
         weights = None
         mixed = runs.flatten(2)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from featstore.errors import BadRequestError
+from featstore.heads.features import Features
 from featstore.heads.head import PixelHead, Prediction
 from featstore.heads.pixels import PixelHeadConfig, member_generator
 from featstore.heads.reading import Rows, read_rows, rows_by_block
@@ -33,7 +34,7 @@ class SegmentationResult:
     head: PixelHead
     """The trained head, on the device that it was trained on."""
     metrics: dict[str, Any]
-    """Plain JSON: ``miou``, ``accuracy``, ``per_class`` (see `SegmentationScores.to_json`), ``member_miou``
+    """Plain JSON: ``miou``, ``accuracy``, ``macc``, ``per_class`` (see `SegmentationScores.to_json`), ``member_miou``
     (M values), ``uncertainty`` (mean over test pixels, nats), ``absent_from_training`` (class names),
     ``train_images``, ``test_images``, ``steps`` (of each member)."""
     test_rows: npt.NDArray[np.int64]
@@ -90,7 +91,7 @@ def train_segmentation(
 
     generators = [member_generator(seed, member) for member in range(config.members)]
     head = PixelHead.untrained(spec, config, generators).to(device)
-    tables = _read(task, head, task.train_rows)
+    tables = _read(task.features, head, task.train_rows)
     head.standardise.fit(*tables.moments())
     tables.standardise(head.standardise)
     log = train_members(
@@ -106,22 +107,19 @@ def train_segmentation(
     return score(task, head, log=log, absent=absent)
 
 
-def predict_rows(
-    task: SegmentationTask, head: PixelHead, rows: Rows
-) -> Iterator[tuple[npt.NDArray[np.int64], Prediction]]:
-    """Predict rows of a task's arrays block by block, so that memory holds one block's maps.
+def predict_rows(features: Features, head: PixelHead, rows: Rows) -> Iterator[tuple[npt.NDArray[np.int64], Prediction]]:
+    """Predict rows of lazy arrays block by block, so that memory holds one block's maps.
 
     Yields:
         Rows, ascending over all, and their prediction in that order.
     """
     ordered = np.unique(np.asarray(rows, np.int64))
-    for part in rows_by_block(next(iter(task.features.maps[0].values())), ordered):
-        yield ordered[part], head.predict_tables(_read(task, head, ordered[part]))
+    for part in rows_by_block(next(iter(features.maps[0].values())), ordered):
+        yield ordered[part], head.predict_tables(_read(features, head, ordered[part]))
 
 
-def _read(task: SegmentationTask, head: PixelHead, rows: Rows) -> PixelTables:
+def _read(features: Features, head: PixelHead, rows: Rows) -> PixelTables:
     """The native maps of rows, in the order of ``rows``."""
-    features = task.features
     narrow = all(array.dtype == np.float16 for _, array in features.arrays())
     tables = head.tables(len(rows), torch.float16 if narrow else torch.float32)
     for run, (ref, layers) in enumerate(zip(head.features.runs, features.maps, strict=True)):
@@ -152,7 +150,7 @@ def score(
     rows, labels, doubts, means = [], [], [], []
     sums = np.zeros((len(classes), len(head.features.runs)))
     counts = np.zeros(len(classes))
-    for here, said in predict_rows(task, head, task.test_rows):
+    for here, said in predict_rows(task.features, head, task.test_rows):
         truth = task.labels(here)
         meter.update(said.labels, truth)
         for one, member_labels in zip(member_meters, said.member_labels, strict=True):
@@ -179,7 +177,7 @@ def score(
         "steps": [] if log is None else list(log.steps),
     }
     if not len(tested):
-        metrics.update(miou=None, accuracy=None, member_miou=[None] * head.members.members)
+        metrics.update(miou=None, accuracy=None, macc=None, member_miou=[None] * head.members.members)
     by_class = None
     if means:
         by_class = np.full(sums.shape, np.nan, np.float32)

@@ -76,7 +76,7 @@ def read_maps(features: Features, rows: Rows) -> Maps:
             for part, block in zip(_parts(array, wanted[order]), blocks, strict=True)
         ]
         found.append(torch.from_numpy(np.concatenate(pieces)[back]))
-    count = len(features.maps[0])
+    count = len(features.maps)
     names = list(features.maps[0])
     runs = [dict(zip(layers, found[k * len(names) :], strict=False)) for k, layers in enumerate(features.maps)]
     beside = [f"{one.run.name}/{name}" for one in features.beside for name in one.layers]

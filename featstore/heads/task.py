@@ -14,6 +14,7 @@ import numpy.typing as npt
 from featstore.errors import BadRequestError
 from featstore.heads.features import Features
 from featstore.heads.head import PixelSpec
+from featstore.heads.labels import LabelMaps
 from featstore.heads.reading import Rows
 from featstore.metrics import small_area_mask
 
@@ -24,7 +25,7 @@ class SegmentationTask:
 
     features: Features
     """The maps."""
-    masks: npt.NDArray[np.uint8]
+    masks: LabelMaps
     """(N, h, w) uint8 labels before the small-area rule; ``ignore_label`` where a pixel has none."""
     train_rows: Rows
     """Rows of the arrays that train."""
@@ -57,7 +58,7 @@ class SegmentationTask:
 
 def _check(task: SegmentationTask) -> None:
     """Refuse tasks whose parts do not fit together."""
-    if task.masks.ndim != 3 or task.masks.dtype != np.uint8:
+    if len(task.masks.shape) != 3 or task.masks.dtype != np.uint8:
         raise BadRequestError(f"masks are (N, h, w) uint8, not {task.masks.shape} {task.masks.dtype}")
     images = len(task.masks)
     if task.features.images != images:
@@ -67,7 +68,8 @@ def _check(task: SegmentationTask) -> None:
         if outside:
             raise BadRequestError(f"{kind} row {outside[0]} is outside 0..{images - 1}")
         for row in rows:
-            bad = task.masks[row][(task.masks[row] != task.ignore_label) & (task.masks[row] >= len(task.classes))]
+            mask = task.masks[row]
+            bad = mask[(mask != task.ignore_label) & (mask >= len(task.classes))]
             if bad.size:
                 raise BadRequestError(
                     f"label {int(bad[0])} in row {row} is outside the classes 0..{len(task.classes) - 1} "

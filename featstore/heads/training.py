@@ -9,6 +9,7 @@ M members still training, b pixels of a member's batch, P labelled training pixe
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +26,7 @@ Progress = Callable[[int, int], None]
 
 _PROGRESS_STEPS = 50
 _GATHERED_BYTES = 4 * 1024**2
+_GROUP_BYTES = 16 * 1024**2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,52 +116,105 @@ def train_members(
     most = config.max_epochs * steps_an_epoch
     most = most if config.max_steps is None else min(most, config.max_steps)
 
-    members.train()
-    active, ids = members.take(range(members.members)), list(range(members.members))
-    adam = _Adam(active, config.learning_rate)
+    groups = _groups(members, tables.device)
     steps, losses = [0] * members.members, [float("nan")] * members.members
-    best = torch.full((len(ids),), torch.inf, device=tables.device)
-    waited = torch.zeros(len(ids), dtype=torch.int64, device=tables.device)
-    loss = best
-    step = 0
+    done = 0
 
-    def leave(stopped: Sequence[int]) -> None:
-        values = loss.tolist()
-        for place in stopped:
-            steps[ids[place]], losses[ids[place]] = step, values[place]
-        members.put([ids[place] for place in stopped], active, stopped)
+    def told(last: int, step: int) -> None:
+        if progress is not None:
+            progress(done + step, done + last)
 
-    while step < most and ids:
-        orders = torch.stack([torch.randperm(len(pixels), generator=generators[m], dtype=torch.int32) for m in ids])
-        batches = _Batches(tables, pixels, labels, orders.to(tables.device), batch)
-        counting = step >= config.free_epochs * steps_an_epoch
-        for number in range(min(steps_an_epoch, most - step)):
-            loss, objective = member_losses(active, *batches.get(number), config)
-            adam.step(objective)
-            step += 1
-            if progress is not None and step % _PROGRESS_STEPS == 0:
-                progress(step, most)
-            if not counting:
-                continue
-            better = loss < best
-            best = torch.where(better, loss, best)
-            waited = torch.where(better, 0, waited + 1)
-            done = (waited >= config.patience_steps).tolist()
-            if any(done):
-                leave([place for place, over in enumerate(done) if over])
-                stay = [place for place, over in enumerate(done) if not over]
-                ids = [ids[place] for place in stay]
-                if not ids:
-                    break
-                before, active = active, active.take(stay)
-                adam.keep(before, active, stay)
-                best, waited, loss = best[stay], waited[stay], loss[stay]
-                batches.keep(stay)
-    leave(range(len(ids)))
+    members.train()
+    for number, group in enumerate(groups):
+        later = (len(groups) - number) * most
+        course = _Course(
+            tables=tables, pixels=pixels, labels=labels, config=config, batch=batch, steps=steps_an_epoch, most=most
+        )
+        for member, one in course.run(members, group, generators, functools.partial(told, later)).items():
+            steps[member], losses[member] = one
+        done += max(steps[member] for member in group)
     members.eval()
-    if progress is not None:
-        progress(step, step)
+    told(0, 0)
     return TrainingLog(steps=tuple(steps), losses=tuple(losses), steps_an_epoch=steps_an_epoch)
+
+
+def _groups(members: PixelMembers, device: torch.device) -> list[list[int]]:
+    """Members that train side by side: all on a GPU; on a CPU as many as make no tensor too large for its heap.
+
+    glibc maps what is larger than 32 MiB anew each time, and touching fresh pages costs as much as a gradient.
+    """
+    if device.type != "cpu":
+        return [list(range(members.members))]
+    largest = max(p.numel() * p.element_size() for p in members.parameters()) // members.members
+    size = max(1, _GROUP_BYTES // largest)
+    return [list(range(first, min(first + size, members.members))) for first in range(0, members.members, size)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Course:
+    """Training of one group of members."""
+
+    tables: PixelTables
+    pixels: Tensor
+    labels: Tensor
+    config: PixelHeadConfig
+    batch: int
+    steps: int
+    """Steps of an epoch."""
+    most: int
+    """Steps at most."""
+
+    def run(
+        self,
+        members: PixelMembers,
+        group: Sequence[int],
+        generators: Sequence[torch.Generator],
+        told: Callable[[int], None],
+    ) -> dict[int, tuple[int, float]]:
+        """Train members ``group`` of ``members`` in place; steps taken and last loss of each."""
+        config, device = self.config, self.tables.device
+        active, ids = members.take(group), list(group)
+        adam = _Adam(active, config.learning_rate)
+        found: dict[int, tuple[int, float]] = {}
+        best = torch.full((len(ids),), torch.inf, device=device)
+        waited = torch.zeros(len(ids), dtype=torch.int64, device=device)
+        loss = best
+        step = 0
+
+        def leave(stopped: Sequence[int]) -> None:
+            values = loss.tolist()
+            found.update({ids[place]: (step, values[place]) for place in stopped})
+            members.put([ids[place] for place in stopped], active, stopped)
+
+        while step < self.most and ids:
+            count = len(self.pixels)
+            orders = torch.stack([torch.randperm(count, generator=generators[m], dtype=torch.int32) for m in ids])
+            batches = _Batches(self.tables, self.pixels, self.labels, orders.to(device), self.batch)
+            counting = step >= config.free_epochs * self.steps
+            for number in range(min(self.steps, self.most - step)):
+                loss, objective = member_losses(active, *batches.get(number), config)
+                adam.step(objective)
+                step += 1
+                if step % _PROGRESS_STEPS == 0:
+                    told(step)
+                if not counting:
+                    continue
+                better = loss < best
+                best = torch.where(better, loss, best)
+                waited = torch.where(better, 0, waited + 1)
+                done = (waited >= config.patience_steps).tolist()
+                if any(done):
+                    leave([place for place, over in enumerate(done) if over])
+                    stay = [place for place, over in enumerate(done) if not over]
+                    ids = [ids[place] for place in stay]
+                    if not ids:
+                        break
+                    before, active = active, active.take(stay)
+                    adam.keep(before, active, stay)
+                    best, waited, loss = best[stay], waited[stay], loss[stay]
+                    batches.keep(stay)
+        leave(range(len(ids)))
+        return found
 
 
 class _Batches:

@@ -44,7 +44,7 @@ def test_weights_sum_to_one(trained):
 def test_weights_by_class_are_means_over_the_pixels_of_the_class(trained):
     problem = task()
     whole = [lazy(dict_of(layers), block=IMAGES) for layers in problem.features.maps]
-    ((rows, said),) = predict_rows(task(maps=whole), trained.head, range(14, IMAGES))
+    ((rows, said),) = predict_rows(task(maps=whole).features, trained.head, range(14, IMAGES))
     for label in range(4):
         chosen = said.weights.transpose(0, 2, 3, 1)[problem.masks[rows] == label]
         np.testing.assert_allclose(trained.weights_by_class[label], chosen.mean(0), atol=1e-4)
@@ -186,7 +186,7 @@ def test_without_test_rows_there_is_a_head_and_no_score():
 
 def test_rows_predict_the_same_block_by_block_as_at_once(trained):
     problem = task()
-    parts = list(predict_rows(problem, trained.head, [29, 2, 15, 16]))
+    parts = list(predict_rows(problem.features, trained.head, [29, 2, 15, 16]))
     assert np.concatenate([rows for rows, _ in parts]).tolist() == [2, 15, 16, 29]
     assert len(parts) == 3
     rows = [2, 15, 16, 29]

@@ -18,26 +18,31 @@ def values(run, name):
     return (np.arange(count, dtype=np.float32) + 10_000 * run).reshape(IMAGES, *SHAPES[name]).astype(np.float16)
 
 
-def features(block=BLOCK):
+def features(block=BLOCK, runs=2):
     maps = [
         {name: da.from_array(values(k, name), chunks=(block, *shape)) for name, shape in SHAPES.items()}
-        for k in range(2)
+        for k in range(runs)
     ]
-    beside = {"coarse": da.from_array(values(2, "coarse"), chunks=(block, *SHAPES["coarse"]))}
+    beside = {"coarse": da.from_array(values(4, "coarse"), chunks=(block, *SHAPES["coarse"]))}
     return Features(maps=maps, beside=[Beside(run=RunRef(name="other"), layers=beside)])
 
 
-def check(maps, rows):
+def check(maps, rows, runs=2):
     assert maps.rows.tolist() == list(rows)
     for name in SHAPES:
-        want = np.stack([values(0, name)[rows], values(1, name)[rows]], 1)
+        want = np.stack([values(k, name)[rows] for k in range(runs)], 1)
         np.testing.assert_array_equal(maps.layers[name].numpy(), want)
-    np.testing.assert_array_equal(maps.beside["other/coarse"].numpy(), values(2, "coarse")[rows])
+    np.testing.assert_array_equal(maps.beside["other/coarse"].numpy(), values(4, "coarse")[rows])
 
 
 @pytest.mark.parametrize("rows", [[3], [22, 0, 7, 7, 1], [*range(IMAGES)]])
 def test_rows_come_in_the_order_asked_for(rows):
     check(read_maps(features(), rows), rows)
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_bucket_may_have_fewer_or_more_runs_than_layers(runs):
+    check(read_maps(features(runs=runs), [4, 19]), [4, 19], runs)
 
 
 @pytest.mark.parametrize("window_bytes", [1, 2000, 10**9])

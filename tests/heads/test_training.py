@@ -261,3 +261,32 @@ def test_many_classes_get_a_wider_network():
     assert config.hidden_for(29) == (128, 32)
     assert config.hidden_for(30) == (256, 128)
     assert PixelHeadConfig(hidden=(5, 4)).hidden_for(30) == (5, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_groups_of_members_become_what_all_together_do(monkeypatch, size):
+    tables, pixels, labels = problem()
+    config = quick(max_steps=60)
+    together, generators = build(config)
+    whole = train_members(together, tables, pixels, labels, config, generators=generators)
+    monkeypatch.setattr(training, "_groups", lambda members, device: [[0], [1], [2]] if size == 1 else [[0, 1], [2]])
+    apart, generators = build(config)
+    calls = []
+    log = train_members(
+        apart, tables, pixels, labels, config, generators=generators, progress=lambda *a: calls.append(a)
+    )
+    assert log.steps == whole.steps
+    vectors = tables.gather(pixels)
+    scores = [f(*(t.expand(3, *t.shape) for t in vectors))[0] for f in (together, apart)]
+    torch.testing.assert_close(*scores, atol=1e-3, rtol=1e-3)
+    done, most = zip(*calls, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == most[-1]
+
+
+def test_large_heads_train_in_groups_on_a_cpu_and_small_ones_at_once(monkeypatch):
+    members, _ = build(CONFIG, members=range(3))
+    assert training._groups(members, torch.device("cpu")) == [[0, 1, 2]]
+    monkeypatch.setattr(training, "_GROUP_BYTES", 1)
+    assert training._groups(members, torch.device("cpu")) == [[0], [1], [2]]
+    assert training._groups(members, torch.device("cuda")) == [[0, 1, 2]]
