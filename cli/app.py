@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+from typing_extensions import override
 
 from featstore.cli import (
     bench,
@@ -20,6 +21,7 @@ from featstore.cli import (
     extract,
     heads,
     pictures,
+    reproduce,
     serve,
     store,
     train_lora,
@@ -29,6 +31,7 @@ from featstore.cli import (
 COMMANDS = (
     demo.demo,
     catalog.datasets,
+    catalog.datasets_fetch,
     catalog.models,
     convert_ddpm.convert_ddpm,
     caption.caption,
@@ -41,15 +44,32 @@ COMMANDS = (
     exchange.import_npy,
     exchange.export,
     heads.train_head,
+    heads.evaluate,
+    heads.predict,
+    reproduce.reproduce,
     train_lora.train_lora,
     pictures.show,
     serve.serve,
     bench.bench,
 )
 
+TWO_WORDS: dict[object, str] = {catalog.datasets_fetch: "datasets fetch"}
+"""Commands that stand beside another one, whose argument their second word would otherwise be."""
+
+
+def command_name(command: Callable[..., None]) -> str:
+    """What is typed for a command after ``featstore``."""
+    return TWO_WORDS.get(command) or command.__name__.replace("_", "-")
+
 
 class Group(TyperGroup):
     """Commands whose misuse is reported like every other bad request: one line, a hint, exit status 2."""
+
+    @override
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if (both := " ".join(args[:2])) in self.commands:
+            args = [both, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def main(
         self,
@@ -93,7 +113,7 @@ app = typer.Typer(
     epilog="Start with `featstore demo`; then `featstore extract --help`.",
 )
 for command in COMMANDS:
-    app.command(name=command.__name__.replace("_", "-"))(command)
+    app.command(name=command_name(command))(command)
 
 
 def _version(value: bool) -> None:

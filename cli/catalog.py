@@ -1,10 +1,11 @@
-"""`featstore datasets` and `featstore models`: what is known, where it is looked for, what is there."""
+"""`featstore datasets` and `featstore models`: what is known, where it is looked for, how it is fetched."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import featstore.datasets
 import featstore.models
@@ -19,7 +20,11 @@ from featstore.cli.options import (
     JsonOption,
     parse_image_size,
 )
+from featstore.datasets import lock_file, resolve_data_root
+from featstore.datasets.archives import ARCHIVES, Archive
 from featstore.errors import BadRequestError, NotFoundError
+from featstore.pipelines.fetch import fetch
+from featstore.pipelines.fetch_plan import FetchPlan, make_plan
 
 _LISTED_LAYERS = 12
 
@@ -35,6 +40,8 @@ def datasets(
 ) -> None:
     """Known data sets, where each looks for its files, how to get them, what is there.
 
+    `datasets fetch NAME` downloads one.
+
     **Example**: `featstore datasets horse21 --data-root ~/data`
     """
     entries = featstore.datasets.DATASETS
@@ -45,6 +52,7 @@ def datasets(
             "where": str(entry.where(data_root)) if entry.where(data_root) is not None else None,
             "present": entry.present(data_root),
             "how_to_get": entry.how_to_get,
+            "archive": archive.url if (archive := ARCHIVES.get(key)) else None,
         }
         for key, entry in chosen.items()
     }
@@ -58,7 +66,62 @@ def datasets(
     console.print_table("data sets", ("name", "there", "what", "where"), rows)
     for key, value in content.items():
         if name is not None or not value["present"]:
-            console.say(f"{key}: {value['how_to_get']}", to=console.out)
+            fetched = f"`featstore datasets fetch {key}`, or " if value["archive"] else ""
+            console.say(f"{key}: {fetched}{value['how_to_get']}", to=console.out)
+
+
+@console.handled
+def datasets_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The data set to fetch.", show_default=False)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be downloaded, and ask no server.")
+    ] = False,
+    data_root: DataRootOption = None,
+    store: AnyStoreOption = DEFAULT_STORE,
+    seed: AnySeedOption = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Download a data set's files to where they are looked for.
+
+    An interrupted download goes on where it was left. Archives are compared with digests that are known; where none
+    is, the first download is trusted, written to `datasets.lock` beside the data, and later ones have to be equal.
+    Data sets that come in one archive are unpacked together.
+
+    **Examples**
+
+    `featstore datasets fetch horse21`
+
+    `featstore datasets fetch cifar10 --data-root ~/data --dry-run`
+    """
+    plan = make_plan(name, data_root)
+    if plan.archive is not None:
+        _say_plan(plan, plan.archive, to=console.out if dry_run and not as_json else console.err)
+    if dry_run and as_json:
+        console.print_json(plan.to_json())
+    if dry_run and (plan.archive is not None or as_json):
+        return
+    report = fetch(plan, console.Bar())
+    if as_json:
+        console.print_json(report.to_json())
+        return
+    if not report.fetched:
+        where = "it needs no files" if report.where is None else f"in {report.where}"
+        console.say(f"{name} is there already: {where}", to=console.out)
+    for folder in report.folders:
+        console.say(f"{name}: {folder}", to=console.out)
+    if report.compared == "nothing":
+        lock = resolve_data_root(data_root) / lock_file.NAME
+        console.say(f"no digest of this archive is known: the one of this download is in {lock}", to=console.out)
+
+
+def _say_plan(plan: FetchPlan, archive: Archive, *, to: Console) -> None:
+    size, unpacked = console.human_bytes(archive.download_bytes), console.human_bytes(archive.unpacked_bytes)
+    here = f", {console.human_bytes(plan.have_bytes)} of it are here" if plan.have_bytes else ""
+    console.say(f"{archive.url}: about {size}{here}, about {unpacked} unpacked", to=to)
+    others = [name for name in archive.folders if name != plan.dataset]
+    beside = f"; {', '.join(others)} come with it" if others else ""
+    console.say(f"into {plan.data_root / archive.folders[plan.dataset]}{beside}", to=to)
 
 
 @console.handled

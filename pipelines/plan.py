@@ -19,7 +19,8 @@ import featstore.datasets
 import featstore.models
 import featstore.store
 import featstore.techniques
-from featstore.datasets import Dataset
+from featstore.datasets import Dataset, DatasetInfo
+from featstore.datasets.like import Like
 from featstore.errors import BadRequestError, NotFoundError, unknown_name
 from featstore.models import ModelSource
 from featstore.pipelines.device import compute_dtype_of, resolve_device
@@ -56,6 +57,8 @@ class ExtractConfig:
     """Only this split's images; None: all."""
     limit: int | None = None
     """Only the first so many images; None: all."""
+    keys: tuple[str, ...] | None = None
+    """Only these images; None: all."""
     precision: str = "float16"
     """Element type on disk."""
     reduce: str | None = None
@@ -78,6 +81,8 @@ class ExtractConfig:
     """Where data sets lie; None: ``$FEATSTORE_DATA``, else ``./data``."""
     dataset_name: str | None = None
     """Name of the data set in the store; None: the data set's own."""
+    like: DatasetInfo | None = None
+    """Another data set's facts, for images that are to be treated like its own; None: the data set's."""
     overwrite: bool = False
     """Compute what is asked for although the store has it, in its place."""
 
@@ -230,7 +235,9 @@ def make_plan(config: ExtractConfig) -> Plan:
     """
     techniques = featstore.techniques.parse(config.techniques)
     dataset = featstore.datasets.resolve(config.dataset, data_root=config.data_root)
-    wanted = select(dataset, split=config.split, limit=config.limit)
+    if config.like is not None:
+        dataset = Like(dataset, config.like)
+    wanted = select(dataset, split=config.split, limit=config.limit, keys=config.keys)
     device = resolve_device(config.device)
     model = config.model or dataset.info.model
     # What its configuration alone can refuse is refused before weights are fetched.
@@ -245,7 +252,7 @@ def make_plan(config: ExtractConfig) -> Plan:
             dataset=dataset,
             model=source,
             options=config.steering,
-            dataset_name=config.dataset_name,
+            dataset_name=config.dataset_name if config.like is None else config.like.name,
             asked=_asked(config, dataset),
         )
         for technique in techniques
@@ -319,16 +326,25 @@ def make_plan(config: ExtractConfig) -> Plan:
     return plan
 
 
-def select(dataset: Dataset, *, split: str | None, limit: int | None) -> tuple[int, ...]:
-    """Indices of the samples of ``split`` (all if None), the first ``limit`` of them.
+def select(
+    dataset: Dataset, *, split: str | None, limit: int | None, keys: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """Indices of the samples of ``split`` with one of ``keys`` (None: all), the first ``limit`` of them.
 
     Raises:
-        BadRequestError: if no sample has that split.
+        BadRequestError: if no sample has that split, or one of the keys.
     """
     splits = {sample.split for sample in dataset.samples}
     if split is not None and split not in splits:
         raise unknown_name("split", split, splits)
-    indices = [index for index, sample in enumerate(dataset.samples) if split is None or sample.split == split]
+    chosen = None if keys is None else set(keys)
+    if chosen is not None and (strangers := chosen - {sample.key for sample in dataset.samples}):
+        raise unknown_name("image", min(strangers), [sample.key for sample in dataset.samples])
+    indices = [
+        index
+        for index, sample in enumerate(dataset.samples)
+        if split in (None, sample.split) and (chosen is None or sample.key in chosen)
+    ]
     return tuple(indices[:limit])
 
 

@@ -16,6 +16,7 @@ import featstore.store
 import featstore.techniques
 from featstore.datasets import Dataset
 from featstore.errors import BadRequestError, FeatstoreError, NotCommittedError, NotFoundError, unknown_name
+from featstore.heads.features import RunRef
 from featstore.store import Run, StoredDataset
 from featstore.store.cached import DEFAULT_BYTES, CachedObjects, CacheUse
 
@@ -24,6 +25,22 @@ if TYPE_CHECKING:
 
 ATTENTION_PREFIX = "attn-"
 _DEFAULT_PRECISION = "float16"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BesideConfig:
+    """Runs whose layers are concatenated after the amalgamation: attention maps, another model's features."""
+
+    techniques: str
+    """Technique expression; each of its runs is concatenated."""
+    model: str | None = None
+    """Name or folder of the model; None: the bucket's."""
+    timesteps: tuple[int, ...] | None = None
+    """One run a technique and timestep; None: the bucket's."""
+    layers: str | None = None
+    """Presets and layer names, comma separated; None: all aggregated attention layers."""
+    fingerprints: tuple[str, ...] = ()
+    """First digits of the fingerprints of runs that have to be told apart from others that fit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +65,34 @@ class BucketConfig:
     """Name of the data set in the store; None: the data set's own."""
     fingerprints: tuple[str, ...] = ()
     """First digits of the fingerprints of runs that have to be told apart from others that fit."""
+    beside: tuple[BesideConfig, ...] | None = None
+    """What is concatenated after the amalgamation; None: the attention layers of the most steered run."""
     cache: Path | None = None
     """Folder of a cache through which a remote store is read."""
     cache_bytes: int = DEFAULT_BYTES
     """Bytes that the cache never exceeds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBeside:
+    """Layers of one run that are concatenated after the amalgamation."""
+
+    title: str
+    """What people see for the run."""
+    run: Run
+    layers: tuple[str, ...]
+    model: str | None = None
+    """Name or folder of the model that was asked for; None: the bucket's."""
+
+    def config(self) -> BesideConfig:
+        """What finds this run, and no other, again."""
+        return BesideConfig(
+            techniques=self.run.recipe.technique,
+            model=self.model,
+            timesteps=(self.run.recipe.timestep,),
+            layers=",".join(self.layers),
+            fingerprints=(self.run.fingerprint,),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,30 +107,30 @@ class OpenBucket:
     """What people see for each run: the technique, and the timestep where there are several."""
     maps: tuple[str, ...]
     """Names of the convolutional layers, in the order of the run."""
-    attention: tuple[str, ...]
-    """Names of the aggregated attention layers."""
+    beside: tuple[OpenBeside, ...]
+    """What is concatenated after the amalgamation."""
     classes: tuple[str, ...]
     """Class names in label order; those of the data set."""
 
-    @property
-    def most_steered(self) -> int:
-        """The run that attention features are taken from: with the most parts in its expression, the first of them."""
-        parts = [run.recipe.technique.count("+") for run in self.runs]
-        return parts.index(max(parts))
-
     def features(self, chosen: np.ndarray) -> Features:
         """The lazy features of all images, of which ``chosen`` (N,) bool are read; see `Run.lazy`."""
-        from featstore.heads import Beside, Features, RunRef
+        from featstore.heads import Beside, Features
 
-        runs = [
-            RunRef(name=name, fingerprint=run.fingerprint) for name, run in zip(self.titles, self.runs, strict=True)
-        ]
-        steered = self.runs[self.most_steered]
-        attention = {name: steered.lazy(name, chosen) for name in self.attention}
+        refs, beside_refs = self.refs()
         return Features(
             maps=[{name: run.lazy(name, chosen) for name in self.maps} for run in self.runs],
-            runs=runs,
-            beside=[Beside(run=runs[self.most_steered], layers=attention)] if attention else [],
+            runs=refs,
+            beside=[
+                Beside(run=ref, layers={name: one.run.lazy(name, chosen) for name in one.layers})
+                for ref, one in zip(beside_refs, self.beside, strict=True)
+            ],
+        )
+
+    def refs(self) -> tuple[list[RunRef], list[RunRef]]:
+        """How a head names the runs of the bucket, and those beside it."""
+        return (
+            [RunRef(name=name, fingerprint=run.fingerprint) for name, run in zip(self.titles, self.runs, strict=True)],
+            [RunRef(name=one.title, fingerprint=one.run.fingerprint) for one in self.beside],
         )
 
     @property
@@ -100,8 +141,8 @@ class OpenBucket:
 
     def complete(self) -> np.ndarray:
         """Mask (N,) over the store's rows: True where every run has every layer of today's image."""
-        layers = [*self.maps, *self.attention]
-        whole: np.ndarray = np.logical_and.reduce([run.valid(layers) for run in self.runs])
+        read = [(run, list(self.maps)) for run in self.runs] + [(one.run, list(one.layers)) for one in self.beside]
+        whole: np.ndarray = np.logical_and.reduce([run.valid(layers) for run, layers in read])
         # The store's table says what the images were at the last extraction; they may have changed since.
         then, rows = self.stored.samples.digests, self.stored.row_of
         today = np.zeros(len(then), dtype=bool)
@@ -193,16 +234,76 @@ def open_bucket(config: BucketConfig) -> OpenBucket:
     except NotFoundError as error:
         raise NotCommittedError(str(error), hint=hint) from error
     names = _layer_names(runs, config)
-    several = len(config.timesteps) > 1
+    attention = tuple(name for name in names if name.startswith(ATTENTION_PREFIX))
+    titles = tuple(_title(run, several=len(config.timesteps) > 1) for run in runs)
+    if config.beside is not None:
+        beside = tuple(one for asked in config.beside for one in _open_beside(stored, asked, config))
+    elif attention:
+        parts = [run.recipe.technique.count("+") for run in runs]
+        most_steered = parts.index(max(parts))
+        beside = (OpenBeside(title=titles[most_steered], run=runs[most_steered], layers=attention),)
+    else:
+        beside = ()
     return OpenBucket(
         dataset=dataset,
         stored=stored,
         runs=runs,
-        titles=tuple(run.recipe.technique + (f" t{run.recipe.timestep}" if several else "") for run in runs),
+        titles=titles,
         maps=tuple(name for name in names if not name.startswith(ATTENTION_PREFIX)),
-        attention=tuple(name for name in names if name.startswith(ATTENTION_PREFIX)),
+        beside=beside,
         classes=dataset.info.classes,
     )
+
+
+def _title(run: Run, *, several: bool) -> str:
+    return run.recipe.technique + (f" t{run.recipe.timestep}" if several else "")
+
+
+def _open_beside(stored: StoredDataset, asked: BesideConfig, config: BucketConfig) -> list[OpenBeside]:
+    """The runs of ``asked`` in the data set ``stored``.
+
+    Raises:
+        NotCommittedError: if a run or layer is not there, with the command that extracts it.
+    """
+    timesteps = asked.timesteps or config.timesteps
+    as_bucket = dataclasses.replace(
+        config,
+        techniques=asked.techniques,
+        model=asked.model or config.model,
+        timesteps=timesteps,
+        layers=asked.layers,
+        beside=(),
+    )
+    try:
+        runs = stored.bucket(
+            [technique.expression for technique in featstore.techniques.parse(asked.techniques)],
+            timesteps=timesteps,
+            model=None if as_bucket.model is None else model_name(as_bucket.model),
+            fingerprints=asked.fingerprints,
+        ).runs
+    except NotFoundError as error:
+        raise NotCommittedError(str(error), hint=f"run: {extract_command(as_bucket)}") from error
+    found = []
+    for run in runs:
+        attention = [name for name in run.layers if name.startswith(ATTENTION_PREFIX)]
+        names = attention
+        if asked.layers is not None:
+            names = expand_names(asked.layers, run.layers, as_bucket.model or run.recipe.model)
+        if missing := [name for name in names if name not in run.layers]:
+            reason = unknown_name("layer", missing[0], run.layers)
+            raise NotCommittedError(f"not in run {run.path}: {reason}", hint=f"run: {extract_command(as_bucket)}")
+        if not names:
+            raise NotCommittedError(
+                f"run {run.path} has no attention layers",
+                hint="extract it with --layers attn-up-cross-2, or name others",
+            )
+        recipe = run.recipe
+        own = [f"t{recipe.timestep}"] if len(timesteps) > 1 or asked.timesteps else []
+        own += [f"from {recipe.denoise_from}"] if recipe.denoise_from is not None else []
+        own = [recipe.model, *own] if asked.model else own
+        title = " ".join([recipe.technique, *own])
+        found.append(OpenBeside(title=title, run=run, layers=tuple(names), model=asked.model))
+    return found
 
 
 def _layer_names(runs: Sequence[Run], config: BucketConfig) -> list[str]:

@@ -87,10 +87,10 @@ def _further_rows(bucket: OpenBucket, rows: np.ndarray) -> np.ndarray:
 
 def attention_panels(bucket: OpenBucket, rows: np.ndarray, images: list[np.ndarray]) -> list[pictures.Panel]:
     """Attention of a few of the prompt's tokens, from the run that heads take attention from."""
-    if not bucket.attention:
+    if not bucket.beside:
         return []
-    run = bucket.runs[bucket.most_steered]
-    layer = max(bucket.attention, key=lambda name: run.layers[name].shape[1])
+    run, layers = bucket.beside[0].run, bucket.beside[0].layers
+    layer = max(layers, key=lambda name: run.layers[name].shape[1])
     maps = run.numpy(layer, rows).astype(np.float32)
     return [
         pictures.Panel(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featstore.errors import unknown_name
+from featstore.errors import BadRequestError, unknown_name
 from featstore.heads.splits import splits as make_splits
+from featstore.pipelines.baseline import BaselineConfig
 from featstore.pipelines.device import resolve_device
 from featstore.pipelines.extract import peak_rss_bytes
 from featstore.pipelines.progress import Progress, Silent
-from featstore.pipelines.reading import BucketConfig, open_bucket
+from featstore.pipelines.reading import BucketConfig, OpenBucket, open_bucket
 from featstore.pipelines.tasks import TASKS
 from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, Result
 
@@ -50,10 +51,17 @@ class TrainHeadConfig:
     """Folder of the head trained on the first split; None: it is not written."""
     seed: int = 0
     """Seed of splits, initial weights and batches."""
+    baseline: BaselineConfig | None = None
+    """A network that is trained on the images themselves, on the same splits, to compare with; None: none."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown task or head."""
-        heads = TASKS[self.task].heads
+        """Refuse an unknown task, head or baseline."""
+        heads, baselines = TASKS[self.task].heads, TASKS[self.task].baselines
+        if self.baseline is not None and self.baseline.name not in baselines:
+            those = ", ".join(name for name, kind in TASKS.items() if self.baseline.name in kind.baselines)
+            raise BadRequestError(
+                f"{self.task} has no baseline {self.baseline.name!r}", hint=f"leave it out, or train for {those}"
+            )
         if self.head is not None and self.head not in heads:
             raise unknown_name(f"head for {self.task}", self.head, heads)
 
@@ -99,6 +107,8 @@ class TrainHeadReport:
     head: Path | None
     cache_use: CacheUse | None = None
     """What a cache saved; None without one."""
+    baseline: dict[str, Metric] = dataclasses.field(default_factory=dict)
+    """What the baseline scores; empty without one."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON."""
@@ -109,6 +119,7 @@ class TrainHeadReport:
             "techniques": self.techniques,
             "metrics": {name: dataclasses.asdict(metric) for name, metric in self.metrics.items()},
             **({"per_class": first["per_class"]} if "per_class" in first else {}),
+            **({"baseline": {n: dataclasses.asdict(m) for n, m in self.baseline.items()}} if self.baseline else {}),
             "seconds": self.seconds,
             "peak_rss_bytes": peak_rss_bytes(),
             "head": None if self.head is None else str(self.head),
@@ -135,7 +146,13 @@ def train_head(config: TrainHeadConfig, progress: Progress | None = None) -> Tra
         prepared.train(split, settings, progress, f"training, split {number + 1} of {len(chosen)}")
         for number, split in enumerate(chosen)
     ]
-    metrics = {name: Metric.of([result.metrics[name] for result in results]) for name in kind.metrics}
+    metrics = summary(kind.metrics, [result.metrics for result in results])
+    compared = []
+    if config.baseline is not None:
+        baseline = dataclasses.replace(config.baseline, max_steps=config.max_steps)
+        for number, split in enumerate(chosen):
+            title = f"{baseline.name}, split {number + 1} of {len(chosen)}"
+            compared.append(prepared.baseline(split, baseline, settings, progress, title))
     return TrainHeadReport(
         dataset=bucket.stored.name,
         techniques=config.bucket.techniques,
@@ -143,20 +160,37 @@ def train_head(config: TrainHeadConfig, progress: Progress | None = None) -> Tra
         metrics=metrics,
         results=tuple(results),
         seconds=time.perf_counter() - start,
-        head=None if config.out is None else _save(config, config.out, results[0], metrics),
+        head=None if config.out is None else _save(config, config.out, bucket, results[0], metrics),
         cache_use=bucket.cache_use,
+        baseline=summary(kind.metrics, compared),
     )
 
 
-def _save(config: TrainHeadConfig, out: Path, result: Result, metrics: dict[str, Metric]) -> Path:
+def summary(names: Sequence[str], splits: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Each metric over those splits where it has a value (one test image has no ROC curve); left out if none has."""
+    values = {name: [one[name] for one in splits if one[name] is not None] for name in names}
+    return {name: Metric.of(found) for name, found in values.items() if found}
+
+
+def _save(config: TrainHeadConfig, out: Path, bucket: OpenBucket, result: Result, metrics: dict[str, Metric]) -> Path:
+    """Write the head with all that finding, or making, its features again takes."""
     from featstore.heads import save_head
 
-    summary = {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
+    scores = {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
+    asked, splits = config.bucket, set(bucket.stored.samples.splits)
     extra = {
         "task": config.task,
-        "dataset": config.bucket.dataset,
-        "techniques": config.bucket.techniques,
-        "timesteps": list(config.bucket.timesteps),
+        "dataset": asked.dataset,
+        "dataset_name": asked.dataset_name,
+        "dataset_in_store": bucket.stored.name,
+        "info": {**dataclasses.asdict(bucket.dataset.info), "classes": list(bucket.classes)},
+        "test_split": "test" if "test" in splits else "val",
+        "model": asked.model,
+        "techniques": asked.techniques,
+        "timesteps": list(asked.timesteps),
+        "beside": [dataclasses.asdict(one.config()) for one in bucket.beside],
+        "beside_recipes": [one.run.recipe.to_json() for one in bucket.beside],
+        "recipes": [run.recipe.to_json() for run in bucket.runs],
         "seed": config.seed,
     }
-    return save_head(out, result.head, metrics={"splits": summary, "first_split": result.metrics}, extra=extra)
+    return save_head(out, result.head, metrics={"splits": scores, "first_split": result.metrics}, extra=extra)

@@ -7,7 +7,9 @@ imported when they are first needed.
 from __future__ import annotations
 
 from featstore.pictures.attention import attention_overlay, attention_overlays
+from featstore.pictures.files import save_picture
 from featstore.pictures.grid import Panel, save_grid, segmentation_panels
+from featstore.pictures.overlay import label_overlay
 from featstore.pictures.palette import IGNORE_COLOUR, class_colours, colour_labels, legend
 from featstore.pictures.pca import PcaBasis, fit_pca, pca_pictures, stack_layers
 from featstore.pictures.report import PanelTable, Report, Score, ScoreTable, Table, render_report, write_report
@@ -26,10 +28,12 @@ __all__ = [
     "class_colours",
     "colour_labels",
     "fit_pca",
+    "label_overlay",
     "legend",
     "pca_pictures",
     "render_report",
     "save_grid",
+    "save_picture",
     "segmentation_panels",
     "stack_layers",
     "write_report",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import BadRequestError, unknown_name
-from featstore.pipelines.bench import scale, storage
+from featstore.pipelines.bench import heads, scale, storage
 from featstore.pipelines.bench.config import BenchConfig
 from featstore.pipelines.bench.extraction import bench_extract
 from featstore.pipelines.bench.heads import bench_head
@@ -56,5 +56,5 @@ def bench(subjects: tuple[str, ...], config: BenchConfig, progress: Progress | N
 def tables(subject: str, figures: Mapping[str, Any]) -> list[scale.Table]:
     """Those of a subject's figures that are better looked at as tables: title, column heads, rows of texts."""
     makers: dict[str, Callable[[Mapping[str, Any]], Iterable[scale.Table]]]
-    makers = {"store": storage.tables, "scale": scale.tables}
+    makers = {"store": storage.tables, "scale": scale.tables, "head": heads.tables}
     return list(makers[subject](figures)) if subject in makers else []

@@ -22,5 +22,9 @@ class BenchConfig:
     """Device; None: a GPU where there is one."""
     beside: Path | None = None
     """Temporary stores are made beside this one, so that its disk is measured; None: where temporary files go."""
+    members: int | None = None
+    """Members of heads that are compared with the common way; None: as many as usual."""
+    shrink: int = 1
+    """Divides the channels of random features, for tests."""
     seed: int = 0
     """Seed of noise, random maps and heads."""

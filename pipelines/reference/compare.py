@@ -99,7 +99,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     masks = np.stack([_mask(dataset, key) for key in bucket.stored.samples.keys])
     low = latents_and_rgb(dataset, run.recipe.height_px)
     sides: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-        "features": ({name: run[name] for name in bucket.maps}, {name: run[name] for name in bucket.attention}),
+        "features": (
+            {name: run[name] for name in bucket.maps},
+            {name: run[name] for one in bucket.beside for name in one.layers},
+        ),
         "latents + RGB": ({name: da.from_array(array, chunks=(64, -1, -1, -1)) for name, array in low.items()}, {}),
     }
     found: dict[str, list[SegmentationResult]] = {name: [] for name in sides}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featstore.pipelines.tasks import segmentation
+from featstore.pipelines.tasks import classification, correspondence, segmentation
 from featstore.pipelines.tasks.base import TaskKind
 from featstore.registry import Registry
 
@@ -10,9 +10,30 @@ TASKS: Registry[TaskKind] = Registry("task")
 TASKS.register(
     "segmentation",
     TaskKind(
-        title="parts of objects from few labelled images",
-        heads=("pixel",),
+        title="labels of pixels: parts of objects from few images (pixel), whole scenes (upernet)",
+        heads=("pixel", "upernet"),
         metrics=segmentation.METRICS,
         prepare=segmentation.Segmentation,
+        predict=segmentation.predict,
+    ),
+)
+TASKS.register(
+    "correspondence",
+    TaskKind(
+        title="the same points in two images of one category",
+        heads=("conv", "nn"),
+        metrics=correspondence.METRICS,
+        prepare=correspondence.Correspondence,
+    ),
+)
+TASKS.register(
+    "classification",
+    TaskKind(
+        title="what a whole image shows",
+        heads=("conv", "linear"),
+        metrics=classification.METRICS,
+        prepare=classification.Classification,
+        baselines=("resnet50",),
+        predict=classification.predict,
     ),
 )

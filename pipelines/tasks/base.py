@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from featstore.pipelines.reading import BucketConfig, OpenBucket
 if TYPE_CHECKING:
     from featstore.heads.base import Head
     from featstore.heads.features import Features
+    from featstore.pipelines.baseline import BaselineConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,20 @@ class PreparedTask(abc.ABC):
             IncompatibleError: if the head is for another task or other classes.
         """
 
+    def baseline(
+        self, split: Split, config: BaselineConfig, settings: HeadSettings, progress: Progress, title: str
+    ) -> dict[str, Any]:
+        """What a network that is trained on the split's images themselves scores, for a task with `TaskKind.baselines`.
+
+        Returns:
+            Plain JSON; holds what `TaskKind.metrics` names.
+        """
+        raise NotImplementedError
+
 
 Prepare = Callable[[OpenBucket, "LabelledRows", Progress], PreparedTask]
+Predict = Callable[["Head", OpenBucket, np.ndarray, Path, Progress], dict[str, Any]]
+"""Head, features, rows (n,) with features, folder for files: what is said, as plain JSON."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +103,10 @@ class TaskKind:
     """Numbers in 0..1 that are summed up over splits; the first is the one to compare by."""
     prepare: Prepare
     """Reads and checks labels."""
+    baselines: tuple[str, ...] = ()
+    """Names of the networks that its heads can be compared with."""
+    predict: Predict | None = None
+    """Writes what a head says of images of which nothing is known; None: it says nothing of single images."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +116,8 @@ class LabelledRows:
     config: BucketConfig
     skip_missing: bool = False
     """Leave out images without features instead of refusing."""
+    split: str | None = None
+    """Only this split's images are needed; None: all."""
 
     def usable(self, bucket: OpenBucket, labelled: Collection[str], progress: Progress) -> np.ndarray:
         """Mask (N,) over the store's rows: True where an image is ``labelled`` and has features.
@@ -105,7 +125,9 @@ class LabelledRows:
         Raises:
             NotCommittedError: if features of labelled images are missing and may not be left out.
         """
-        missing = bucket.missing(list(labelled))
+        split_of = {sample.key: sample.split for sample in bucket.dataset.samples}
+        labelled = [key for key in labelled if self.split in (None, split_of[key])]
+        missing = bucket.missing(labelled)
         if missing:
             text = (
                 f"features of {len(missing)} of {len(labelled)} labelled images are missing or stale, "

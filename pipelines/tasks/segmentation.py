@@ -1,24 +1,31 @@
-"""Label-scarce segmentation with an ensemble of pixel heads, as train-head and evaluate run it."""
+"""Segmentation as train-head and evaluate run it: pixel heads on few labelled images, UPerNet on whole ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import override
 
-from featstore.datasets import UnreadableImageError, resize_mask
+from featstore.datasets import Sample, UnreadableImageError, resize_mask
 from featstore.errors import BadRequestError, IncompatibleError
 from featstore.heads.splits import Split
 from featstore.pipelines.progress import Progress
 from featstore.pipelines.reading import OpenBucket
-from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, PreparedTask, StepProgress
+from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, PreparedTask, Result, StepProgress
 
 if TYPE_CHECKING:
-    from featstore.heads import Head, SegmentationResult, SegmentationTask
+    from featstore.heads import Head, Prediction, SegmentationTask
+    from featstore.heads.labels import PackedLabels, PackedMap
+    from featstore.heads.upernet import MapPrediction
 
-METRICS = ("miou", "accuracy")
+METRICS = ("miou", "accuracy", "macc")
+_MANY_LABELS = 1000
+"""From so many images on, reading their labels shows a bar."""
 
 
 class Segmentation(PreparedTask):
@@ -44,41 +51,65 @@ class Segmentation(PreparedTask):
         )
 
     @override
-    def train(self, split: Split, settings: HeadSettings, progress: Progress, title: str) -> SegmentationResult:
-        from featstore.heads import PixelHeadConfig, train_segmentation
-
-        config = PixelHeadConfig(members=settings.ensemble, assigners=settings.assigners, max_steps=settings.max_steps)
+    def train(self, split: Split, settings: HeadSettings, progress: Progress, title: str) -> Result:
+        train = _train_upernet if settings.head == "upernet" else _train_pixel
         with StepProgress(progress, title) as advance:
-            return train_segmentation(
-                self.task(*split), config, seed=settings.seed, device=settings.device, progress=advance
-            )
+            return train(self.task(*split), settings, advance)
 
     @override
     def score(self, head: Head, rows: np.ndarray, progress: Progress) -> dict[str, Any]:
+        from featstore.heads import segmentation, semantic
         from featstore.heads.head import PixelHead
-        from featstore.heads.segmentation import score
+        from featstore.heads.upernet import UPerNetHead
 
-        if not isinstance(head, PixelHead) or head.spec.classes != self.bucket.classes:
-            raise IncompatibleError(
-                f"a {head.kind!r} head of other classes cannot be scored on {self.bucket.dataset.info.name!r}",
-                hint="evaluate on the data set that the head was trained on",
-            )
-        return score(self.task(rows[:0], rows), head).metrics
+        if isinstance(head, PixelHead | UPerNetHead) and head.spec.classes == self.bucket.classes:
+            task = self.task(rows[:0], rows)
+            if isinstance(head, PixelHead):
+                return segmentation.score(task, head).metrics
+            return semantic.score(task, head).metrics
+        raise IncompatibleError(
+            f"a {head.kind!r} head of other classes cannot be scored on {self.bucket.dataset.info.name!r}",
+            hint="evaluate on the data set that the head was trained on",
+        )
 
 
-def read_labels(bucket: OpenBucket, progress: Progress) -> dict[str, np.ndarray]:
-    """Label maps uint8 by key, on the grid that heads are trained and scored on, where an image has one."""
+def _train_pixel(task: SegmentationTask, settings: HeadSettings, advance: StepProgress) -> Result:
+    from featstore.heads import PixelHeadConfig, train_segmentation
+
+    config = PixelHeadConfig(
+        members=settings.ensemble,
+        assigners=settings.assigners,
+        per_channel=settings.per_channel,
+        max_steps=settings.max_steps,
+    )
+    return train_segmentation(task, config, seed=settings.seed, device=settings.device, progress=advance)
+
+
+def _train_upernet(task: SegmentationTask, settings: HeadSettings, advance: StepProgress) -> Result:
+    from featstore.heads.semantic import train_semantic
+    from featstore.heads.upernet import UPerNetHeadConfig
+
+    config = UPerNetHeadConfig(
+        assigners=settings.assigners, per_channel=settings.per_channel, max_steps=settings.max_steps
+    )
+    return train_semantic(task, config, seed=settings.seed, device=settings.device, progress=advance)
+
+
+def read_labels(bucket: OpenBucket, progress: Progress) -> dict[str, PackedMap]:
+    """Label maps by key, on the grid that heads are trained and scored on, where an image has one."""
+    from featstore.heads.labels import PackedMap
+
     info, recipe = bucket.dataset.info, bucket.runs[0].recipe
     height, width = (info.label_size_px,) * 2 if info.label_size_px else (recipe.height_px, recipe.width_px)
     labels = {}
-    for sample in bucket.dataset.samples:
+    for sample in _watched(bucket.dataset.samples, progress):
         try:
             mask = bucket.dataset.mask(sample.key)
         except UnreadableImageError as error:
             progress.note(f"left out: the labels of {sample.key!r} cannot be read: {error}")
             continue
         if mask is not None:
-            labels[sample.key] = resize_mask(mask, height, width)
+            labels[sample.key] = PackedMap(resize_mask(mask, height, width))
     if not labels:
         raise BadRequestError(
             f"data set {info.name!r} has no labels",
@@ -87,10 +118,24 @@ def read_labels(bucket: OpenBucket, progress: Progress) -> dict[str, np.ndarray]
     return labels
 
 
-def class_names(bucket: OpenBucket, labels: dict[str, np.ndarray]) -> tuple[str, ...]:
+def _watched(samples: Sequence[Sample], progress: Progress) -> Iterator[Sample]:
+    """The samples, with a bar where they are many."""
+    if len(samples) < _MANY_LABELS:
+        yield from samples
+        return
+    progress.start("reading labels", len(samples), "images")
+    try:
+        for sample in samples:
+            yield sample
+            progress.advance()
+    finally:
+        progress.stop()
+
+
+def class_names(bucket: OpenBucket, labels: dict[str, PackedMap]) -> tuple[str, ...]:
     """The data set's class names; where it has none, as folders, 0, 1, .. up to the highest label."""
     ignore = bucket.dataset.info.ignore_label
-    highest = {key: int(mask[mask != ignore].max(initial=0)) for key, mask in labels.items()}
+    highest = {key: _highest(packed.open(), ignore) for key, packed in labels.items()}
     classes = bucket.dataset.info.classes or tuple(map(str, range(max(highest.values()) + 1)))
     for key, label in highest.items():
         if label >= len(classes):
@@ -101,10 +146,76 @@ def class_names(bucket: OpenBucket, labels: dict[str, np.ndarray]) -> tuple[str,
     return classes
 
 
-def on_rows(bucket: OpenBucket, labels: dict[str, np.ndarray], usable: np.ndarray) -> np.ndarray:
-    """Label maps (N, h, w) uint8 of the store's rows; the ignored label where a row is not usable."""
-    height, width = next(iter(labels.values())).shape
-    masks = np.full((len(usable), height, width), bucket.dataset.info.ignore_label, dtype=np.uint8)
-    for row in np.flatnonzero(usable):
-        masks[row] = labels[bucket.stored.samples.keys[row]]
-    return masks
+def _highest(mask: np.ndarray, ignore: int) -> int:
+    return int(mask[mask != ignore].max(initial=0))
+
+
+def on_rows(bucket: OpenBucket, labels: dict[str, PackedMap], usable: np.ndarray) -> PackedLabels:
+    """Label maps (N, h, w) of the store's rows; the ignored label where a row is not usable."""
+    from featstore.heads.labels import PackedLabels
+
+    rows = zip(bucket.stored.samples.keys, usable, strict=True)
+    return PackedLabels(
+        (labels[key] if use else None for key, use in rows),
+        next(iter(labels.values())).size,
+        ignore_label=bucket.dataset.info.ignore_label,
+    )
+
+
+def predict(head: Head, bucket: OpenBucket, rows: np.ndarray, out: Path, progress: Progress) -> dict[str, Any]:
+    """Write labels, their overlay and the head's uncertainty for each row, as PNG files of the image's size.
+
+    Returns:
+        ``classes``, and for each of ``images`` its ``key``, ``files``, ``uncertainty`` (mean, nats) and the share
+        of each class that occurs, ``classes``.
+    """
+    said_of, classes, most = _predictions(head, bucket, rows)
+    keys = bucket.stored.samples.keys
+    images = []
+    progress.start("labelling", len(rows), "images")
+    try:
+        for here, said in said_of:
+            for row, labels, doubt in zip(here, said.labels, said.uncertainty, strict=True):
+                image = bucket.dataset.image(keys[row])
+                files = _write(out / keys[row], image, labels, np.rint(255 * doubt / most).astype(np.uint8))
+                shares = np.bincount(labels.reshape(-1), minlength=len(classes)) / labels.size
+                occurring = {name: float(n) for name, n in zip(classes, shares, strict=True) if n}
+                images.append(
+                    {"key": keys[row], "files": files, "uncertainty": float(doubt.mean()), "classes": occurring}
+                )
+            progress.advance(len(here))
+    finally:
+        progress.stop()
+    return {"classes": list(classes), "images": images}
+
+
+def _predictions(
+    head: Head, bucket: OpenBucket, rows: np.ndarray
+) -> tuple[Iterable[tuple[np.ndarray, Prediction | MapPrediction]], tuple[str, ...], float]:
+    """Rows and what the head says of them, its classes, and the highest uncertainty that it can have, in nats."""
+    from featstore.heads import PixelHead, predict_rows, semantic
+    from featstore.heads.upernet import UPerNetHead
+
+    assert isinstance(head, PixelHead | UPerNetHead)
+    features = bucket.features(np.isin(np.arange(len(bucket.stored.samples.keys)), rows))
+    classes = head.spec.classes
+    if isinstance(head, UPerNetHead):
+        return semantic.predict_rows(features, head, rows), classes, math.log(len(classes))
+    # members of two classes cannot differ by more than this
+    return predict_rows(features, head, rows), classes, math.log(max(2, min(head.config.members, len(classes))))
+
+
+def _write(path: Path, image: np.ndarray, labels: np.ndarray, doubt: np.ndarray) -> dict[str, str]:
+    """The pictures of one image, beside each other under ``path``; their names by kind."""
+    from featstore import pictures
+
+    whole = resize_mask(labels, *image.shape[:2])
+    made = {
+        "labels": whole,
+        "overlay": pictures.label_overlay(image, whole),
+        "uncertainty": resize_mask(doubt, *image.shape[:2]),
+    }
+    return {
+        kind: str(pictures.save_picture(path.with_name(f"{path.name}.{kind}.png"), picture))
+        for kind, picture in made.items()
+    }

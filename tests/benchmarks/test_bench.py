@@ -9,11 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from featstore.cli.app import app
 from featstore.errors import BadRequestError
-from featstore.pipelines.bench import BenchConfig, bench, engines
+from featstore.heads.pixels import PixelHeadConfig, PixelMembers, member_generator
+from featstore.pipelines.bench import BenchConfig, bench, engines, head_common_way, tables
 from featstore.pipelines.bench.engines import ENGINES
 from featstore.pipelines.bench.storage import OPERATIONS
 from featstore.pipelines.bench.timing import in_turn
@@ -100,8 +103,18 @@ def test_an_engine_that_is_not_installed_is_said_to_be_missing(tmp_path, monkeyp
 
 
 def test_head_in_a_process_of_its_own(tmp_path, monkeypatch):
-    config = BenchConfig(images=33, repeats=1, max_steps=3, device="cpu", beside=tmp_path / "s.zarr")
+    config = BenchConfig(
+        images=33, repeats=1, max_steps=3, device="cpu", beside=tmp_path / "s.zarr", members=2, shrink=160
+    )
     figures = bench(("head",), config)["head"]
+    titles = [title for title, _, _ in tables("head", figures)]
+    assert titles == ["1 image, 2 members of 3 steps", "30 images"]
+    small, large = figures.pop("small"), figures.pop("large")
+    for side in (small["common_way"], small["featstore"]):
+        assert side["pixels_a_second"] > 0
+        assert side["more_megabytes"] > 0
+    vector = 4 * (8 + 8 + 4 + 2) + 2 * 77
+    assert large["common_way_megabytes"] == pytest.approx(30 * 256 * 256 * vector * 4 / 1e6)
     check(figures, ["seconds", "peak_rss_megabytes", "upsampled_float32_megabytes", "rss_ratio", "miou"])
     shapes = 24 + 16 + 16 + 8 + 2 * 77  # channels of the tiny model's legacy preset
     assert figures["upsampled_float32_megabytes"] == pytest.approx(4 * shapes * 64 * 64 * 4 * 33 / 1e6)
@@ -129,3 +142,27 @@ def test_bad_requests(tmp_path):
         bench(("store", "hed"), BenchConfig())
     with pytest.raises(BadRequestError, match="nowhere"):
         bench(("store",), BenchConfig(beside=tmp_path / "nowhere" / "s.zarr"))
+
+
+def test_the_common_way_of_training_is_the_same_model_on_the_same_vectors():
+    rng = np.random.default_rng(0)
+    layers = {"a": (3, 4, 4), "b": (2, 8, 8)}
+    bucket = [{n: rng.standard_normal((2, *s)).astype(np.float16) for n, s in layers.items()} for _ in range(2)]
+    beside = {"t": rng.standard_normal((2, 5, 4, 4)).astype(np.float16)}
+    masks = rng.integers(0, 3, (2, 16, 16)).astype(np.uint8)
+    masks[0, :4] = 255
+    rows, labels = head_common_way._rows(bucket, beside, masks)
+    assert rows.shape == (2 * 256 - 64, 2 * 5 + 5)
+    pixel = np.argwhere(masks != 255)[100]
+    want = [
+        functional.interpolate(torch.from_numpy(m[pixel[:1]]).float(), (16, 16), mode="bilinear")[0, :, *pixel[1:]]
+        for m in [*(m for run in bucket for m in run.values()), *beside.values()]
+    ]
+    torch.testing.assert_close(rows[100], torch.cat(want))
+    assert labels[100] == masks[tuple(pixel)]
+    ours = PixelHeadConfig(members=1, assigners=2)
+    members = PixelMembers(ours, runs=2, channels=5, attention=5, classes=3, generators=[member_generator(0, 0)])
+    theirs = head_common_way._Member(2, 5, 5, 2, 3)
+    assert sum(p.numel() for p in members.parameters()) == sum(p.numel() for p in theirs.parameters())
+    found = head_common_way.train(bucket, beside, masks, members=2, steps=9, classes=3)
+    assert found["pixels"] == 2 * 9 * 64

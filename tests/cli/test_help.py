@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from featstore.cli.app import COMMANDS, app
+from featstore.cli.app import COMMANDS, app, command_name
 
-NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
+NAMES = [command_name(command) for command in COMMANDS]
 COMMON = {"--store", "--json", "--debug", "--seed"}
 
 
@@ -28,12 +28,12 @@ def test_the_list_of_commands_has_a_line_on_each(run):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_describes_the_command_and_gives_an_example_that_parses(run, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    shown = run(name, "--help").stdout
+    shown = run(*name.split(), "--help").stdout
     examples = re.findall(rf"featstore {name}[^\n]*", shown.split("Options")[0])[1:]
     assert examples, shown
     command = typer.main.get_command(app).commands[name]
     for example in examples:
-        command.make_context(name, example.split()[2:], resilient_parsing=False)
+        command.make_context(name, example.removeprefix(f"featstore {name}").split(), resilient_parsing=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

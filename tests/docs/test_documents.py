@@ -29,13 +29,17 @@ NOT_RUN = {
     "make install": "is a part of `make test`",
     "featstore demo": "takes minutes; tests/pipelines/test_demo.py runs it in small",
     "featstore bench": "takes minutes; tests/benchmarks runs it in small",
+    "featstore datasets fetch cifar10": "downloads 170 MB; tests/cli/test_fetch.py runs it in small",
     "featstore serve": "runs until it is stopped; tests/cli/test_serve.py runs it",
     "featstore convert-ddpm": "needs a checkpoint of 2 GB; tests/cli/test_convert_ddpm.py runs it in small",
     "python -m featstore.pipelines.train_reference": "takes hours; tests/pipelines/reference runs it in small",
     "python -m featstore.pipelines.reference.compare": "takes minutes; tests/pipelines/reference runs it in small",
 }
 """Beginnings of commands that are not run here, with the reason."""
-SHORTER = {"train-head": ("--max-steps", "20")}
+SHORTER = {
+    "train-head": ("--max-steps", "20"),
+    "reproduce": ("--max-steps", "5", "--splits", "1", "--ensemble", "2"),
+}
 """Options that keep a command short; all else is run as it is written."""
 
 

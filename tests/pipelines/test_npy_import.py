@@ -509,7 +509,7 @@ def test_a_head_finds_it_by_its_names(few):
     bucket = open_bucket(
         BucketConfig(dataset=f"folder:{few.images}", techniques="prompt", timesteps=(51,), store=str(few.store))
     )
-    assert (bucket.maps, bucket.attention) == ((UP,), ("attn-all",))
+    assert (bucket.maps, bucket.beside[0].layers) == ((UP,), ("attn-all",))
     assert bucket.complete().all()
 
 

@@ -24,11 +24,11 @@ def test_a_bucket_says_what_it_holds(bucket):
     opened = open_bucket(bucket())
     assert opened.titles == ("basic", "prompt")
     assert len(opened.maps) == 4
-    assert opened.attention == ("attn-up-cross-2", "attn-up-cross-4")
-    assert opened.most_steered == 0
+    assert [(one.title, one.layers) for one in opened.beside] == [("basic", ("attn-up-cross-2", "attn-up-cross-4"))]
+    assert opened.beside[0].run == opened.runs[0]
     assert opened.complete().all()
     chosen = open_bucket(bucket(layers="attn-up-cross-4,up-level1-upsampler-out"))
-    assert (chosen.maps, chosen.attention) == (("up-level1-upsampler-out",), ("attn-up-cross-4",))
+    assert (chosen.maps, chosen.beside[0].layers) == (("up-level1-upsampler-out",), ("attn-up-cross-4",))
 
 
 def test_presets_stand_for_their_layers_where_the_model_is_at_hand(bucket, tiny, absent):
