@@ -190,7 +190,7 @@ def _open(where: Path | None) -> Dataset:
         return Cifar10Pictures(root / PICTURES)
     raise NotFoundError(
         f"data set 'cifar10': neither {PICKLES} nor {BINARIES} nor {PICTURES}/train in {root.absolute()}",
-        hint=f"unpack {SOURCE} ({ARCHIVE_URL}) there, "
+        hint=f"`featstore datasets fetch cifar10` gets it; or unpack {SOURCE} ({ARCHIVE_URL}) there, "
         "or name the folder that holds it with --data-root or $FEATSTORE_DATA",
     )
 

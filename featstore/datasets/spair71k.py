@@ -74,7 +74,7 @@ class SPair71k(FileDataset):
         if not images:
             raise NotFoundError(
                 f"data set 'spair71k': no images in {root.absolute() / 'JPEGImages'}",
-                hint=f"unpack {SOURCE} into {root.parent.absolute()}, "
+                hint=f"`featstore datasets fetch spair71k` gets it; or unpack {SOURCE} into {root.parent.absolute()}, "
                 "or name the folder that holds it with --data-root or $FEATSTORE_DATA",
             )
         self._pairs = tuple(pair for split in _SPLITS for pair in _read_pairs(root, split, images))

@@ -64,7 +64,7 @@ def visits(blocks: npt.NDArray[np.int64], room: int, rng: np.random.Generator) -
         drop = None
         if len(held) >= room:
             # a block that has no pair with the new one goes first, then the one with the fewest blocks to meet
-            drop = min(held, key=lambda name: rank[name])
+            drop = min(held, key=lambda name: (block in near[name], len(near[name]), rank[name]))
             held.remove(drop)
         held.append(block)
         here: list[int] = []
