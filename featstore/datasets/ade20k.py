@@ -57,7 +57,8 @@ class Ade20k(FileDataset):
             places = " and ".join(str(root.absolute() / "images" / folder) for folder in absent)
             raise NotFoundError(
                 f"data set 'ade20k': no images in {places}",
-                hint=f"`featstore datasets fetch ade20k` gets it; or unpack {SOURCE} ({ARCHIVE_URL}) into {root.parent.absolute()}, "
+                hint=f"`featstore datasets fetch ade20k` gets it; or unpack {SOURCE} ({ARCHIVE_URL}) into "
+                f"{root.parent.absolute()}, "
                 "or name the folder that holds it with --data-root or $FEATSTORE_DATA",
             )
         super().__init__(INFO, root, items)
