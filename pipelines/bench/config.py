@@ -24,6 +24,8 @@ class BenchConfig:
     """Temporary stores are made beside this one, so that its disk is measured; None: where temporary files go."""
     members: int | None = None
     """Members of heads that are compared with the common way; None: as many as usual."""
+    splits: int = 5
+    """Splits on which heads are compared with the common way."""
     shrink: int = 1
     """Divides the channels of random features, for tests."""
     seed: int = 0

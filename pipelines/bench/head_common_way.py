@@ -7,6 +7,7 @@ float32, all of them in one tensor, that tensor turned into rows of pixels, the 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
@@ -59,14 +60,27 @@ class _Member(nn.Module):
         return said
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What the common way gave."""
+
+    members: list[nn.Module]
+    prepare_seconds: float
+    """Upsampling everything, and making rows of pixels of it."""
+    train_seconds: float
+    pixels: int
+    """Labelled pixels that were trained on, each as often as it was."""
+
+
 def train(
     bucket: Sequence[Maps], beside: Maps, masks: npt.NDArray[np.uint8], *, members: int, steps: int, classes: int
-) -> dict[str, float]:
-    """Train ``members`` for ``steps`` steps of 64 pixels each; seconds of preparing and of training, and pixels."""
+) -> Trained:
+    """Train ``members`` one after the other, for ``steps`` steps of 64 pixels each."""
     start = time.perf_counter()
     rows, labels = _rows(bucket, beside, masks)
     prepared = time.perf_counter()
     channels = sum(maps.shape[1] for maps in bucket[0].values())
+    trained: list[nn.Module] = []
     for seed in range(members):
         torch.manual_seed(seed)
         member = _Member(len(bucket), channels, sum(maps.shape[1] for maps in beside.values()), 2, classes)
@@ -81,12 +95,23 @@ def train(
                 done += 1
                 if done == steps:
                     break
+        trained.append(member.eval())
     end = time.perf_counter()
-    return {
-        "prepare_seconds": prepared - start,
-        "train_seconds": end - prepared,
-        "pixels": float(64 * steps * members),
-    }
+    return Trained(
+        members=trained,
+        prepare_seconds=prepared - start,
+        train_seconds=end - prepared,
+        pixels=64 * steps * members,
+    )
+
+
+@torch.inference_mode()
+def predict(members: Sequence[nn.Module], bucket: Sequence[Maps], beside: Maps, size: tuple[int, int]) -> Tensor:
+    """Labels (N, h, w) by majority vote of the members."""
+    images = len(next(iter(bucket[0].values())))
+    rows, _ = _rows(bucket, beside, np.zeros((images, *size), np.uint8))
+    votes = torch.stack([member(rows).argmax(1) for member in members])
+    return votes.mode(0).values.view(images, *size)
 
 
 def _rows(bucket: Sequence[Maps], beside: Maps, masks: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from featstore.pipelines.bench import head_sizes
+from featstore.pipelines.bench import head_pairs, head_sizes
 from featstore.pipelines.bench.config import BenchConfig
 from featstore.pipelines.bench.scale import Table
 from featstore.pipelines.bench.timing import command
@@ -38,11 +38,20 @@ def bench_head(config: BenchConfig, folder: Path) -> dict[str, Any]:
     words += ["--device", config.device] if config.device is not None else []
     words += ["--max-steps", str(config.max_steps)] if config.max_steps is not None else []
     result = command("train-head", *words)
+    pairs = head_pairs.compare(
+        extraction.store,
+        techniques=techniques,
+        splits=config.splits,
+        members=config.members or head_pairs.MEMBERS,
+        steps=config.max_steps or head_pairs.STEPS,
+        seed=config.seed,
+    )
     channels = sum(shape[0] for shape in plan.runs[0].layers.values()) * len(plan.runs)
     side = plan.runs[0].recipe.height_px
     upsampled = channels * side * side * 4 * len(plan.wanted)
     return {
         **_sizes(config),
+        "pairs": pairs,
         "seconds": result["seconds"],
         "peak_rss_megabytes": result["peak_rss_bytes"] / 1e6,
         "upsampled_float32_megabytes": upsampled / 1e6,
@@ -88,5 +97,14 @@ def tables(figures: Mapping[str, Any]) -> Iterator[Table]:
                 f"{large['train_seconds']:.3g}",
                 f"{large['seconds_an_epoch']:,.0f} (extrapolated)",
             )
+        ],
+    )
+    pairs = figures["pairs"]
+    yield (
+        f"mIoU on toyhorse, {pairs['members']} members of {pairs['steps']} steps, the same splits",
+        ("split", "common way %", "featstore %", "difference, points"),
+        [
+            (str(number), f"{100 * theirs:.2f}", f"{100 * ours:.2f}", f"{100 * (ours - theirs):+.2f}")
+            for number, (theirs, ours) in enumerate(zip(pairs["common_way"], pairs["featstore"], strict=True), 1)
         ],
     )

@@ -104,12 +104,14 @@ def test_an_engine_that_is_not_installed_is_said_to_be_missing(tmp_path, monkeyp
 
 def test_head_in_a_process_of_its_own(tmp_path, monkeypatch):
     config = BenchConfig(
-        images=33, repeats=1, max_steps=3, device="cpu", beside=tmp_path / "s.zarr", members=2, shrink=160
+        images=33, repeats=1, max_steps=3, device="cpu", beside=tmp_path / "s.zarr", members=2, splits=1, shrink=160
     )
     figures = bench(("head",), config)["head"]
     titles = [title for title, _, _ in tables("head", figures)]
-    assert titles == ["1 image, 2 members of 3 steps", "30 images"]
-    small, large = figures.pop("small"), figures.pop("large")
+    assert titles[:2] == ["1 image, 2 members of 3 steps", "30 images"]
+    assert titles[2].startswith("mIoU on toyhorse, 2 members of 3 steps")
+    small, large, pairs = (figures.pop(name) for name in ("small", "large", "pairs"))
+    assert all(len(pairs[side]) == 1 and 0 < pairs[side][0] < 1 for side in ("common_way", "featstore"))
     for side in (small["common_way"], small["featstore"]):
         assert side["pixels_a_second"] > 0
         assert side["more_megabytes"] > 0
@@ -165,4 +167,7 @@ def test_the_common_way_of_training_is_the_same_model_on_the_same_vectors():
     theirs = head_common_way._Member(2, 5, 5, 2, 3)
     assert sum(p.numel() for p in members.parameters()) == sum(p.numel() for p in theirs.parameters())
     found = head_common_way.train(bucket, beside, masks, members=2, steps=9, classes=3)
-    assert found["pixels"] == 2 * 9 * 64
+    assert found.pixels == 2 * 9 * 64
+    said = head_common_way.predict(found.members, bucket, beside, (16, 16))
+    assert said.shape == (2, 16, 16)
+    assert set(said.unique().tolist()) <= {0, 1, 2}
