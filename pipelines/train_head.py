@@ -118,7 +118,7 @@ class TrainHeadReport:
             "dataset": self.dataset,
             "techniques": self.techniques,
             "metrics": {name: dataclasses.asdict(metric) for name, metric in self.metrics.items()},
-            **({"per_class": first["per_class"]} if "per_class" in first else {}),
+            **{name: first[name] for name in ("per_class", "per_category") if name in first},
             **({"baseline": {n: dataclasses.asdict(m) for n, m in self.baseline.items()}} if self.baseline else {}),
             "seconds": self.seconds,
             "peak_rss_bytes": peak_rss_bytes(),
