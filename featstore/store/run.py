@@ -65,10 +65,13 @@ class Run:
         name = f"{path}/{layout.ROOT}"
         self.dataset = dataset
         self.path = path
+        hint = metadata.remedy(name)
+        if own.get("kind") != "run":
+            # Before its recipe, which says of another version's run that it is that: what is no run is damage.
+            raise CorruptError(f"{name} is damaged: it describes no run", hint=hint)
         self.recipe = Recipe.from_json(own.get("recipe", {}))
         self.fingerprint = self.recipe.fingerprint
-        if own.get("kind") != "run" or own.get("fingerprint") != self.fingerprint:
-            hint = metadata.remedy(name)
+        if own.get("fingerprint") != self.fingerprint:
             raise CorruptError(f"{name} is damaged: its recipe does not match its fingerprint", hint=hint)
         if path != layout.run_path(dataset.name, self.recipe.path):
             raise CorruptError(f"{name} describes a run that belongs at {dataset.name}/{self.recipe.path}")
