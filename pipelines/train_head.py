@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore import pictures
 from featstore.errors import BadRequestError, unknown_name
 from featstore.heads.splits import splits as make_splits
 from featstore.pipelines.baseline import BaselineConfig
@@ -21,6 +22,10 @@ from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, Result
 
 if TYPE_CHECKING:
     from featstore.store.cached import CacheUse
+
+
+ASSIGNERS = "assigners.png"
+"""Picture of what the assigners chose, beside the files of a head that amalgamates."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,4 +198,7 @@ def _save(config: TrainHeadConfig, out: Path, bucket: OpenBucket, result: Result
         "recipes": [run.recipe.to_json() for run in bucket.runs],
         "seed": config.seed,
     }
+    chosen = result.metrics.get("assigner_weights")
+    if chosen and len(bucket.runs) > 1:
+        pictures.save_assigners(out / ASSIGNERS, chosen, bucket.titles, title=f"{bucket.stored.name}: {config.task}")
     return save_head(out, result.head, metrics={"splits": scores, "first_split": result.metrics}, extra=extra)

@@ -26,6 +26,9 @@ from featstore.metrics import SegmentationMeter
 
 LOG = logging.getLogger(__name__)
 
+ALL_PIXELS = "all pixels"
+"""Name of the assigners' mean weights over all test pixels, beside those of the classes."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentationResult:
@@ -36,7 +39,8 @@ class SegmentationResult:
     metrics: dict[str, Any]
     """Plain JSON: ``miou``, ``accuracy``, ``macc``, ``per_class`` (see `SegmentationScores.to_json`), ``member_miou``
     (M values), ``uncertainty`` (mean over test pixels, nats), ``absent_from_training`` (class names),
-    ``train_images``, ``test_images``, ``steps`` (of each member)."""
+    ``train_images``, ``test_images``, ``steps`` (of each member); for two runs or more ``assigner_weights``: for
+    `ALL_PIXELS` n lists of the mean weights of K runs, for each class that occurs one such list."""
     test_rows: npt.NDArray[np.int64]
     """(T,) rows of the arrays below, ascending."""
     predictions: npt.NDArray[np.uint8]
@@ -160,9 +164,9 @@ def score(
         doubts.append(said.uncertainty)
         if said.weights is not None and said.assigner_weights is not None:
             means.append(said.assigner_weights.astype(np.float64) * len(here))
-            named = truth != task.ignore_label
-            np.add.at(sums, truth[named], said.weights.transpose(0, 2, 3, 1)[named])
-            counts += np.bincount(truth[named], minlength=len(classes))
+            labelled = truth != task.ignore_label
+            np.add.at(sums, truth[labelled], said.weights.transpose(0, 2, 3, 1)[labelled])
+            counts += np.bincount(truth[labelled], minlength=len(classes))
     tested = np.concatenate(rows) if rows else np.empty(0, np.int64)
     size = head.spec.size
     uncertainty = np.concatenate(doubts) if doubts else np.empty((0, *size), np.float32)
@@ -182,13 +186,17 @@ def score(
     if means:
         by_class = np.full(sums.shape, np.nan, np.float32)
         by_class[counts > 0] = (sums[counts > 0] / counts[counts > 0, None]).astype(np.float32)
+    weights = (np.sum(means, 0) / len(tested)).astype(np.float32) if means else None
+    if weights is not None and by_class is not None:
+        named = {name: [row.tolist()] for name, row, n in zip(classes, by_class, counts, strict=True) if n}
+        metrics["assigner_weights"] = {ALL_PIXELS: weights.mean(0).tolist(), **named}
     return SegmentationResult(
         head=head,
         metrics=metrics,
         test_rows=tested,
         predictions=np.concatenate(labels) if labels else np.empty((0, *size), np.uint8),
         uncertainty=uncertainty,
-        weights=(np.sum(means, 0) / len(tested)).astype(np.float32) if means else None,
+        weights=weights,
         weights_by_class=by_class,
         log=log,
     )

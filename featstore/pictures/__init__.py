@@ -6,6 +6,7 @@ imported when they are first needed.
 
 from __future__ import annotations
 
+from featstore.pictures.assigners import save_assigners
 from featstore.pictures.attention import attention_overlay, attention_overlays
 from featstore.pictures.files import save_picture
 from featstore.pictures.grid import Panel, save_grid, segmentation_panels
@@ -32,6 +33,7 @@ __all__ = [
     "legend",
     "pca_pictures",
     "render_report",
+    "save_assigners",
     "save_grid",
     "save_picture",
     "segmentation_panels",

@@ -70,6 +70,11 @@ def test_a_head_learns_and_says_so(config, tmp_path):
     assert document["facts"]["classes"] == ["0", "1"]
     head = load_head(tmp_path / "head")
     assert [run.name for run in head.features.runs] == ["basic", "prompt"]
+    chosen = document["metrics"]["first_split"]["assigner_weights"]
+    assert set(chosen) == {"all pixels", "0", "1"}
+    assert all(sum(row) == pytest.approx(1, abs=1e-5) for rows in chosen.values() for row in rows)
+    with Image.open(tmp_path / "head" / "assigners.png") as picture:
+        assert picture.width > 500
     result = report.results[0]
     assert result.test_rows.tolist() == [0, 1, 2]  # test/5.png .. test/7.png stand first in the table
     assert result.weights.shape == (2, 3, 2)
