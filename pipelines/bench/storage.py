@@ -69,6 +69,7 @@ def bench_store(config: BenchConfig, folder: Path, progress: Progress | None = N
         "megabytes": size_bytes / 1e6,
         "write_ratio": own["write_fsync"]["ratio"],
         "read_ratio": own["single"]["ratio"],
+        **{f"block_through_dask_{name}": shape["dask_cost"] for name, shape in shapes.items()},
         "shapes": shapes,
         "missing": missing,
     }
