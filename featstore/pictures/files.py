@@ -14,17 +14,21 @@ from featstore.whole_file import write_whole
 
 
 def png_bytes(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A picture uint8 (H, W, 3), or numbers uint8 (H, W) as shades of grey, as a PNG file."""
-    if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,)) or picture.ndim < 2:
-        raise BadRequestError(f"a picture is uint8 (H, W, 3) or (H, W), not {picture.dtype} {picture.shape}")
+    """A picture uint8 (H, W, 3) as a PNG file."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise BadRequestError(f"a picture is uint8 (H, W, 3), not {picture.dtype} {picture.shape}")
+    return _png(picture)
+
+
+def _png(picture: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> Path:
-    """Write a picture as a PNG file (`png_bytes`, `publish`)."""
-    return publish(path, png_bytes(picture))
+    """Write a picture uint8 (H, W, 3), or labels uint8 (H, W) as they are, as a PNG file (`publish`)."""
+    return publish(path, _png(picture) if picture.ndim == 2 and picture.dtype == np.uint8 else png_bytes(picture))
 
 
 def publish(path: Path, content: bytes) -> Path:
