@@ -22,7 +22,7 @@ from featstore.datasets.captions import CaptionDocument, read_document, write_do
 from featstore.errors import BadRequestError, StorageError
 from featstore.models.captioners import CaptionerSource, open_captioner
 from featstore.pipelines.device import compute_dtype_of, resolve_device
-from featstore.pipelines.extract import peak_rss_bytes
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.plan import select
 from featstore.pipelines.progress import Progress, Silent
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from featstore import pictures
-from featstore.pipelines.extract import ExtractReport, execute, peak_rss_bytes
+from featstore.pipelines.extract import ExtractReport, execute
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.plan import ExtractConfig, make_plan
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.reading import BucketConfig, OpenBucket, extract_command, open_bucket

@@ -11,8 +11,8 @@ import numpy as np
 
 from featstore.errors import BadRequestError, unknown_name
 from featstore.pipelines.device import resolve_device
-from featstore.pipelines.extract import peak_rss_bytes
 from featstore.pipelines.head_use import open_head
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.tasks.base import LabelledRows
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ import featstore.store
 from featstore.errors import StorageError
 from featstore.pipelines.batch import cpu_batch_size, probed_batch_size
 from featstore.pipelines.compute import compute, extractor_of
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.outcome import RunOutcome
 from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan, sample_table
 from featstore.pipelines.progress import Progress, Silent
@@ -123,12 +122,6 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
         seconds=time.perf_counter() - start,
         peak_device_bytes=_peak_device_bytes(plan),
     )
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _peak_device_bytes(plan: Plan) -> int | None:

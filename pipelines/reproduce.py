@@ -11,7 +11,8 @@ from typing import Any
 
 from featstore.datasets import resolve
 from featstore.errors import BadRequestError, StorageError, unknown_name
-from featstore.pipelines.extract import execute, peak_rss_bytes
+from featstore.pipelines.extract import execute
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.plan import ExtractConfig, Plan, make_plan
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.reading import BesideConfig, BucketConfig

@@ -14,7 +14,7 @@ from featstore.errors import BadRequestError, unknown_name
 from featstore.heads.splits import splits as make_splits
 from featstore.pipelines.baseline import BaselineConfig
 from featstore.pipelines.device import resolve_device
-from featstore.pipelines.extract import peak_rss_bytes
+from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.reading import BucketConfig, OpenBucket, open_bucket
 from featstore.pipelines.tasks import TASKS

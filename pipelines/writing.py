@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class BlockWriter:
         for layer, array in maps.items():
             future = self._pool.submit(run.write_block, block, rows, {layer: array})
             future.add_done_callback(
-                lambda done, size_bytes=array.nbytes: self._done(done, size_bytes, left, committed)  # type: ignore[misc]
+                functools.partial(self._done, size_bytes=array.nbytes, left=left, committed=committed)
             )
 
     def _done(self, future: Future[int], size_bytes: int, left: Iterator[int], committed: Callable[[], object]) -> None:

@@ -15,6 +15,7 @@ image alone, so only the recipe can tell an old text from a new one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -137,8 +138,8 @@ class _TwiceError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        seen: set[str] = set()
-        raise _TwiceError(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+        counts = collections.Counter(name for name, _ in pairs)
+        raise _TwiceError(counts.most_common(1)[0][0])
     return value
 
 

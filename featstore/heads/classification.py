@@ -22,7 +22,7 @@ from featstore.heads.base import Head
 from featstore.heads.classification_net import ClassificationNet, ConvNet, LinearNet
 from featstore.heads.features import FeaturesSpec
 from featstore.heads.map_amalgamation import MapAmalgamation, MapWeights
-from featstore.heads.stream import Maps
+from featstore.heads.stream import Maps, given_maps
 
 FORMS = ("conv", "linear")
 """What follows the amalgamation: a small CNN a layer and an MLP, or one linear layer."""
@@ -163,18 +163,7 @@ class ClassificationHead(Head):
         Raises:
             BadRequestError: if runs or layers are missing or have other shapes.
         """
-        if len(maps) != len(self.features.runs):
-            raise BadRequestError(f"the head needs the maps of {len(self.features.runs)} runs, not of {len(maps)}")
-        first = next(iter(self.features.layers))
-        images = len(maps[0][first]) if first in maps[0] else 0
-        layers = {
-            name: torch.stack([_checked(run, name, shape, images) for run in maps], 1)
-            for name, shape in self.features.layers.items()
-        }
-        others = {
-            name: _checked(beside or {}, name, shape, images) for name, shape in self.features.beside_layers.items()
-        }
-        return self.predict_maps(Maps(rows=np.arange(images), layers=layers, beside=others))
+        return self.predict_maps(given_maps(self.features, maps, beside))
 
     @torch.inference_mode()
     def predict_maps(self, maps: Maps) -> ClassPrediction:
@@ -212,14 +201,3 @@ def head_generator(seed: int) -> torch.Generator:
     """The source of a head's initial parameters, which depend on the seed only."""
     digest = hashlib.sha256(f"featstore classification head {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _checked(
-    layers: Mapping[str, npt.NDArray[Any] | Tensor], name: str, shape: tuple[int, int, int], images: int
-) -> Tensor:
-    if name not in layers:
-        raise BadRequestError(f"the head needs layer {name!r}; given: {', '.join(sorted(layers)) or 'none'}")
-    value = torch.as_tensor(layers[name])
-    if tuple(value.shape) != (images, *shape):
-        raise BadRequestError(f"layer {name!r} is {tuple(value.shape)}, the head needs {(images, *shape)}")
-    return value

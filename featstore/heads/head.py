@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from featstore.errors import BadRequestError
 from featstore.heads.amalgamation import run_weights
 from featstore.heads.base import Head
 from featstore.heads.features import FeaturesSpec
 from featstore.heads.pixels import PixelHeadConfig, PixelMembers, jensen_shannon, majority_vote, member_generator
 from featstore.heads.standardise import Standardise
+from featstore.heads.stream import given_maps
 from featstore.heads.tables import PixelTables
 
 _CHUNK_BYTES = 8 * 1024**2
@@ -152,28 +152,15 @@ class PixelHead(Head):
         Raises:
             BadRequestError: if runs or layers are missing or have other shapes.
         """
-        if len(maps) != len(self.features.runs):
-            raise BadRequestError(f"the head needs the maps of {len(self.features.runs)} runs, not of {len(maps)}")
-        first = next(iter(self.features.layers))
-        images = len(maps[0][first]) if first in maps[0] else 0
-        tables = self.tables(images, torch.float32)
-        for run, layers in enumerate(maps):
-            for name, table in tables.layers.items():
-                table.put(run, range(images), self._checked(layers, name, self.features.layers[name], images))
+        given = given_maps(self.features, maps, beside)
+        images = range(len(given.rows))
+        tables = self.tables(len(images), torch.float32)
+        for name, table in tables.layers.items():
+            for run in range(len(self.features.runs)):
+                table.put(run, images, given.layers[name][:, run])
         for name, table in tables.attention.items():
-            table.put(0, range(images), self._checked(beside or {}, name, self.features.beside_layers[name], images))
+            table.put(0, images, given.beside[name])
         return self.predict_tables(tables)
-
-    @staticmethod
-    def _checked(
-        layers: Mapping[str, npt.NDArray[Any] | Tensor], name: str, shape: tuple[int, int, int], images: int
-    ) -> Tensor:
-        if name not in layers:
-            raise BadRequestError(f"the head needs layer {name!r}; given: {', '.join(sorted(layers)) or 'none'}")
-        value = torch.as_tensor(layers[name])
-        if tuple(value.shape) != (images, *shape):
-            raise BadRequestError(f"layer {name!r} is {tuple(value.shape)}, the head needs {(images, *shape)}")
-        return value
 
     @torch.inference_mode()
     def predict_tables(self, tables: PixelTables) -> Prediction:

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import dask
+import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from featstore.errors import BadRequestError
-from featstore.heads.features import Features
+from featstore.heads.features import Features, FeaturesSpec
 from featstore.heads.reading import Rows, check_finite
 
 WINDOW_BYTES = 512 * 1024**2
@@ -87,9 +89,47 @@ def read_maps(features: Features, rows: Rows) -> Maps:
     )
 
 
-def _parts(array: object, ordered: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+def given_maps(
+    features: FeaturesSpec,
+    maps: Sequence[Mapping[str, npt.NDArray[Any] | Tensor]],
+    beside: Mapping[str, npt.NDArray[Any] | Tensor] | None = None,
+) -> Maps:
+    """The maps that a caller holds, checked against what a head needs.
+
+    Args:
+        features: what the head needs.
+        maps: for each of the K runs in ``features.runs`` order, layer name to (B, C, H, W) float16 or
+            float32; further layers are ignored.
+        beside: (B, C, H, W) by the names of ``features.beside_layers``.
+
+    Raises:
+        BadRequestError: if runs or layers are missing or have other shapes.
+    """
+    if len(maps) != len(features.runs):
+        raise BadRequestError(f"the head needs the maps of {len(features.runs)} runs, not of {len(maps)}")
+    first = next(iter(features.layers))
+    images = len(maps[0][first]) if first in maps[0] else 0
+
+    def checked(layers: Mapping[str, npt.NDArray[Any] | Tensor], name: str, shape: tuple[int, int, int]) -> Tensor:
+        if name not in layers:
+            raise BadRequestError(f"the head needs layer {name!r}; given: {', '.join(sorted(layers)) or 'none'}")
+        value = torch.as_tensor(layers[name])
+        if tuple(value.shape) != (images, *shape):
+            raise BadRequestError(f"layer {name!r} is {tuple(value.shape)}, the head needs {(images, *shape)}")
+        return value
+
+    return Maps(
+        rows=np.arange(images),
+        layers={
+            name: torch.stack([checked(run, name, shape) for run in maps], 1) for name, shape in features.layers.items()
+        },
+        beside={name: checked(beside or {}, name, shape) for name, shape in features.beside_layers.items()},
+    )
+
+
+def _parts(array: da.Array, ordered: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     """The ascending rows ``ordered``, cut where the blocks of ``array`` end."""
-    ends = np.cumsum(array.chunks[0])  # type: ignore[attr-defined]
+    ends = np.cumsum(array.chunks[0])
     block = np.searchsorted(ends, ordered, side="right")
     return [part for part in np.split(ordered, np.flatnonzero(np.diff(block)) + 1) if len(part)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def _open(dataset: StoredDataset, path: str, findings: Findings) -> Run | None:
             dataset.objects,
             f"{folder}/{layout.ROOT}",
             document,
-            lambda found, document=document: _is_group(found, document),  # type: ignore[misc]
+            functools.partial(_is_group, wanted=document),
             findings,
         )
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from featstore.errors import CorruptError
@@ -95,7 +96,7 @@ def _lost(name: str) -> str:
 
 def _check_documents(objects: Objects, name: str, count: int, findings: Findings) -> None:
     for key, document in stored_samples.array_documents(name, count):
-        check_document(objects, key, document, lambda found, key=key: _fits(found, name, key, count), findings)  # type: ignore[misc]
+        check_document(objects, key, document, functools.partial(_fits, name=name, key=key, count=count), findings)
 
 
 def _fits(found: dict[str, Any], name: str, key: str, count: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import os
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,9 @@ class _Arrays(Engine):
         super().__init__(folder, layers, block=block, sync=sync)
         self._arrays = {layer: self._create(folder / layer, maps) for layer, maps in layers.items()}
 
+    @abc.abstractmethod
     def _create(self, path: Path, maps: Maps) -> Any:
         """An empty array of the shape of ``maps``."""
-        raise NotImplementedError
 
     @override
     def write_block(self, layer: str, rows: range, maps: Maps) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from featstore.pipelines.memory import peak_rss_bytes, rss_bytes
 
 LAYERS = {
     "up-level0-upsampler-out": (1280, 16, 16),
@@ -32,7 +31,6 @@ IMAGES = 30
 STEPS = 500
 
 _COMMON_IMAGES = 1
-_PAGE_BYTES = 4096
 
 
 def measure(
@@ -85,7 +83,7 @@ def _in_process(side: Callable[..., Mapping[str, float]], **arguments: int) -> d
 def _measured(side: Callable[..., Mapping[str, float]], arguments: Mapping[str, int]) -> dict[str, float]:
     found = dict(side(**arguments))
     whole = found["prepare_seconds"] + found["train_seconds"]
-    peak = _peak_bytes()
+    peak = peak_rss_bytes()
     return {
         "prepare_seconds": found["prepare_seconds"],
         "train_seconds": found["train_seconds"],
@@ -121,7 +119,7 @@ def _common(*, images: int, steps: int, members: int, shrink: int, seed: int) ->
     ]
     beside = {name: _maps(shape, images, seed, 9, n) for n, (name, shape) in enumerate(ATTENTION.items())}
     masks = _masks(images, seed)
-    before = _resident_bytes()
+    before = rss_bytes()
     found = head_common_way.train(bucket, beside, masks, members=members, steps=steps, classes=CLASSES)
     return {
         "prepare_seconds": found.prepare_seconds,
@@ -146,7 +144,7 @@ def _ours(*, images: int, steps: int, members: int, shrink: int, seed: int) -> d
         test_rows=[],
         classes=[str(number) for number in range(CLASSES)],
     )
-    before = _resident_bytes()
+    before = rss_bytes()
     begun = time.perf_counter()
     first: list[float] = []
     config = PixelHeadConfig(members=members, assigners=2, max_steps=steps, free_epochs=100)
@@ -171,14 +169,3 @@ def _lazy(shape: tuple[int, int, int], images: int, *key: int) -> Any:
 
     chunks = ((1,) * images, *((side,) for side in shape))
     return da.map_blocks(block, dtype=np.float16, chunks=chunks, meta=np.empty((0,) * 4, np.float16))
-
-
-def _resident_bytes() -> int:
-    """What this process holds in memory now; its largest set so far where the system does not say."""
-    place = Path("/proc/self/statm")
-    return int(place.read_text().split()[1]) * _PAGE_BYTES if place.exists() else _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from featstore.errors import NotCommittedError
+from featstore.errors import BadRequestError, NotCommittedError
 from featstore.heads.splits import Split
 from featstore.pipelines.progress import Progress
 from featstore.pipelines.reading import BucketConfig, OpenBucket
@@ -82,8 +82,11 @@ class PreparedTask(abc.ABC):
 
         Returns:
             Plain JSON; holds what `TaskKind.metrics` names.
+
+        Raises:
+            BadRequestError: for a task without baselines.
         """
-        raise NotImplementedError
+        raise BadRequestError(f"this task has no baseline {config.name!r}")
 
 
 Prepare = Callable[[OpenBucket, "LabelledRows", Progress], PreparedTask]
