@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,13 @@ class SegmentationScores:
     accuracy: float
     """Part of the labelled pixels that are right (aAcc)."""
     macc: float
-    """Mean over the classes that are in the truth: the part of a class's pixels that are right (mAcc)."""
+    """Mean over the classes that are in the truth and could be learned: the part of a class's pixels that are right
+    (mAcc)."""
     classes: tuple[str, ...]
     """Names of the classes, in label order."""
     iou: tuple[float | None, ...]
-    """Intersection over union by class; None where the class is neither in the truth nor predicted."""
+    """Intersection over union by class; None where the class is neither in the truth nor predicted, or has no score
+    because nobody could have learned it."""
     pixels: tuple[int, ...]
     """Labelled pixels of each class in the truth."""
 
@@ -87,13 +89,24 @@ class SegmentationMeter:
     the union), and a class with an empty union is left out of the mean (there, it enters as 0).
     """
 
-    def __init__(self, classes: Sequence[str], *, ignore_label: int = IGNORE_LABEL) -> None:
+    def __init__(
+        self, classes: Sequence[str], *, ignore_label: int = IGNORE_LABEL, absent: Collection[str] = ()
+    ) -> None:
+        """Begin without predictions.
+
+        Args:
+            classes: names in label order.
+            ignore_label: of pixels that do not count.
+            absent: names of classes that are not in the training images: they have no IoU and are left out of mIoU
+                and of mean class accuracy. Their pixels stay in the accuracy and in the unions of the other classes.
+        """
         if len(classes) < 2:
             raise BadRequestError(f"segmentation needs at least 2 classes, not {len(classes)}")
         # here, because torchmetrics imports transformers and torchvision: 3 s and 260 MiB
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         self._classes = tuple(classes)
+        self._scored = np.array([name not in absent for name in classes])
         self._matrix = MulticlassConfusionMatrix(num_classes=len(classes), ignore_index=ignore_label)
         self._updated = False
 
@@ -120,14 +133,15 @@ class SegmentationMeter:
         matrix = self.confusion
         right = np.diag(matrix)
         union = matrix.sum(0) + matrix.sum(1) - right
-        iou = [float(r / u) if u else None for r, u in zip(right, union, strict=True)]
+        iou = [float(r / u) if u and s else None for r, u, s in zip(right, union, self._scored, strict=True)]
         present = [value for value in iou if value is not None]
         total = int(matrix.sum())
         true = matrix.sum(1)
+        counted = (true > 0) & self._scored
         return SegmentationScores(
             miou=float(np.mean(present)) if present else math.nan,
             accuracy=float(right.sum() / total) if total else math.nan,
-            macc=float(np.mean(right[true > 0] / true[true > 0])) if total else math.nan,
+            macc=float(np.mean(right[counted] / true[counted])) if counted.any() else math.nan,
             classes=self._classes,
             iou=tuple(iou),
             pixels=tuple(int(n) for n in true),

@@ -105,3 +105,17 @@ def test_label_maps_of_different_shapes_are_refused():
 def test_one_class_is_no_segmentation():
     with pytest.raises(BadRequestError, match="at least 2 classes"):
         SegmentationMeter(("a",))
+
+
+def test_a_class_that_nobody_could_learn_has_no_score():
+    truth = np.array([[0, 0, 1], [0, 1, 1], [2, 2, 2]], np.uint8)
+    predicted = np.array([[0, 0, 1], [0, 1, 1], [0, 1, 1]], np.uint8)
+    meter = SegmentationMeter(("a", "b", "c"), absent=("c",))
+    meter.update(predicted, truth)
+    scores = meter.compute()
+    # the pixels of c count as errors of those that took them: a 3 of 4, b 3 of 5
+    assert scores.iou == pytest.approx((3 / 4, 3 / 5, None))
+    assert scores.miou == pytest.approx((3 / 4 + 3 / 5) / 2)
+    assert scores.macc == 1
+    assert scores.accuracy == pytest.approx(6 / 9)
+    assert scores.pixels == (3, 3, 3)

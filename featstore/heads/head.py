@@ -39,11 +39,18 @@ class PixelSpec:
     """(h, w) of the label grid in pixels."""
     ignore_label: int = 255
     """Label of pixels that do not count."""
+    absent: tuple[str, ...] = ()
+    """Names of classes without a training pixel, which the head cannot have learned: they have no score."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """All but the features as plain JSON; `of` is its inverse."""
-        return {"classes": list(self.classes), "size": list(self.size), "ignore_label": self.ignore_label}
+        return {
+            "classes": list(self.classes),
+            "size": list(self.size),
+            "ignore_label": self.ignore_label,
+            "absent": list(self.absent),
+        }
 
     @classmethod
     def of(cls, features: FeaturesSpec, facts: Mapping[str, Any]) -> Self:
@@ -54,6 +61,7 @@ class PixelSpec:
             classes=tuple(facts["classes"]),
             size=(height, width),
             ignore_label=facts["ignore_label"],
+            absent=tuple(facts.get("absent", ())),  # heads of the first versions do not say
         )
 
 

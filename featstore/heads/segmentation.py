@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def train_segmentation(
         LOG.warning("classes without a training pixel, which the head cannot learn: %s", ", ".join(absent))
 
     generators = [member_generator(seed, member) for member in range(config.members)]
-    head = PixelHead.untrained(spec, config, generators).to(device)
+    head = PixelHead.untrained(dataclasses.replace(spec, absent=tuple(absent)), config, generators).to(device)
     tables = _read(task.features, head, task.train_rows)
     head.standardise.fit(*tables.moments())
     tables.standardise(head.standardise)
@@ -108,7 +108,7 @@ def train_segmentation(
         progress=progress,
     )
     del tables
-    return score(task, head, log=log, absent=absent)
+    return score(task, head, log=log)
 
 
 def predict_rows(features: Features, head: PixelHead, rows: Rows) -> Iterator[tuple[npt.NDArray[np.int64], Prediction]]:
@@ -137,20 +137,20 @@ def _read(features: Features, head: PixelHead, rows: Rows) -> PixelTables:
     return tables
 
 
-def score(
-    task: SegmentationTask, head: PixelHead, *, log: TrainingLog | None = None, absent: Sequence[str] = ()
-) -> SegmentationResult:
+def score(task: SegmentationTask, head: PixelHead, *, log: TrainingLog | None = None) -> SegmentationResult:
     """What a trained head does on the test rows.
 
     Args:
         task: features, labels and test rows.
         head: trained on features of the same specification.
         log: of its training, where that has just been.
-        absent: names of the classes that it was not trained on.
     """
     classes = head.spec.classes
-    meter = SegmentationMeter(classes, ignore_label=task.ignore_label)
-    member_meters = [SegmentationMeter(classes, ignore_label=task.ignore_label) for _ in range(head.members.members)]
+    absent = head.spec.absent
+    meter, *member_meters = (
+        SegmentationMeter(classes, ignore_label=task.ignore_label, absent=absent)
+        for _ in range(1 + head.members.members)
+    )
     rows, labels, doubts, means = [], [], [], []
     sums = np.zeros((len(classes), len(head.features.runs)))
     counts = np.zeros(len(classes))

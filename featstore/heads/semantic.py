@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -90,14 +90,14 @@ def train_semantic(
     absent = [name for name, there in zip(task.classes, present, strict=True) if not there]
     if absent:
         LOG.warning("classes without a training pixel, which the head cannot learn: %s", ", ".join(absent))
-    head = UPerNetHead(spec, config, _generator(seed)).to(device)
+    head = UPerNetHead(dataclasses.replace(spec, absent=tuple(absent)), config, _generator(seed)).to(device)
     stream = Stream(
         features=task.features, rows=rows, batch=min(config.batch_size, len(rows)), seed=seed, window_bytes=window_bytes
     )
     enough = -(-config.statistics_images // stream.batch)
     head.standardise.fit(itertools.islice(stream.epoch(0), enough))
     steps, loss = _train(task, head, stream, progress)
-    return score(task, head, steps=steps, loss=loss, absent=absent)
+    return score(task, head, steps=steps, loss=loss)
 
 
 def _train(task: SegmentationTask, head: UPerNetHead, stream: Stream, progress: Progress | None) -> tuple[int, float]:
@@ -175,14 +175,7 @@ def predict_rows(
             yield some.rows, head.predict_maps(some)
 
 
-def score(
-    task: SegmentationTask,
-    head: UPerNetHead,
-    *,
-    steps: int = 0,
-    loss: float | None = None,
-    absent: Sequence[str] = (),
-) -> SemanticResult:
+def score(task: SegmentationTask, head: UPerNetHead, *, steps: int = 0, loss: float | None = None) -> SemanticResult:
     """What a trained head does on the test rows.
 
     Args:
@@ -190,9 +183,8 @@ def score(
         head: trained on features of the same specification.
         steps: of its training, where that has just been.
         loss: of its last step.
-        absent: names of the classes that it was not trained on.
     """
-    meter = SegmentationMeter(head.spec.classes, ignore_label=task.ignore_label)
+    meter = SegmentationMeter(head.spec.classes, ignore_label=task.ignore_label, absent=head.spec.absent)
     chosen = MapWeights()
     tested, doubt = 0, 0.0
     for rows, said in predict_rows(task.features, head, task.test_rows):
@@ -203,7 +195,7 @@ def score(
     metrics = {
         **meter.compute().to_json(),
         "uncertainty": doubt / tested if tested else None,
-        "absent_from_training": list(absent),
+        "absent_from_training": list(head.spec.absent),
         "train_images": len(task.train_rows),
         "test_images": tested,
         "steps": steps,

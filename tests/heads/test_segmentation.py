@@ -7,6 +7,7 @@ import torch
 from featstore.errors import BadRequestError, NotCommittedError
 from featstore.heads import PixelHeadConfig, predict_rows, train_segmentation
 from featstore.heads import tables as tables_module
+from featstore.heads.segmentation import score
 from featstore.metrics import SegmentationMeter
 from tests.heads.planted import CLASSES, IMAGES, LAYERS, SIGNAL_RUN, lazy, maps, masks, task
 
@@ -175,6 +176,13 @@ def test_a_class_without_training_pixels_is_told(caplog):
     result = train_segmentation(task(masks=labels), PixelHeadConfig(members=1, max_steps=20))
     assert result.metrics["absent_from_training"] == ["eye"]
     assert "eye" in caplog.text
+    by_class = {row["class"]: row for row in result.metrics["per_class"]}
+    assert by_class["eye"]["iou"] is None
+    assert by_class["eye"]["pixels"] > 0
+    others = [row["iou"] for name, row in by_class.items() if name != "eye" and row["iou"] is not None]
+    assert result.metrics["miou"] == pytest.approx(np.mean(others))
+    again = score(task(masks=labels), result.head)
+    assert again.metrics["per_class"] == result.metrics["per_class"]
 
 
 def test_without_test_rows_there_is_a_head_and_no_score():

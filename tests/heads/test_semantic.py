@@ -170,6 +170,7 @@ def test_images_without_labels_do_not_train_and_absent_classes_are_told(caplog):
         result = train_semantic(task(masks=some), SHORT)
     assert result.metrics["absent_from_training"] == ["eye"]
     assert "classes without a training pixel, which the head cannot learn: eye" in caplog.text
+    assert result.head.facts["absent"] == ["eye"]
     some[:11] = 255
     with pytest.raises(BadRequestError, match="1 of the 12 training images have labelled pixels"):
         train_semantic(task(masks=some), SHORT)
