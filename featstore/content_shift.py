@@ -59,7 +59,8 @@ def shift_map(reference: npt.NDArray[Any], maps: npt.NDArray[Any]) -> Float64Arr
 
 def shift(reference: npt.NDArray[Any], maps: npt.NDArray[Any]) -> Float64Array:
     """Sum of `shift_map` over positions, (B,): the paper's ``diff``."""
-    return shift_map(reference, maps).sum((1, 2))
+    total: Float64Array = shift_map(reference, maps).sum((1, 2))
+    return total
 
 
 def score(diff: npt.NDArray[Any], anchor: npt.NDArray[Any]) -> Float64Array:
@@ -79,4 +80,5 @@ def score(diff: npt.NDArray[Any], anchor: npt.NDArray[Any]) -> Float64Array:
             f"the anchor has no content shift in {int((anchor <= 0).sum())} of {anchor.size} images",
             hint="take an anchor at a larger timestep than 0, such as 501",
         )
-    return (anchor - diff) / anchor
+    scores: Float64Array = (anchor - diff) / anchor
+    return scores

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 from typing_extensions import override
 
 from featstore.datasets import Sample, UnreadableImageError, resize_mask
@@ -76,6 +77,7 @@ class Segmentation(PreparedTask):
 def _train_pixel(task: SegmentationTask, settings: HeadSettings, advance: StepProgress) -> Result:
     from featstore.heads import PixelHeadConfig, train_segmentation
 
+    _require_memory(task)
     config = PixelHeadConfig(
         members=settings.ensemble,
         assigners=settings.assigners,
@@ -83,6 +85,22 @@ def _train_pixel(task: SegmentationTask, settings: HeadSettings, advance: StepPr
         max_steps=settings.max_steps,
     )
     return train_segmentation(task, config, seed=settings.seed, device=settings.device, progress=advance)
+
+
+def _require_memory(task: SegmentationTask) -> None:
+    """Refuse training maps that do not fit into memory, where a pixel head holds them at their native sizes.
+
+    Raises:
+        BadRequestError: before anything is read.
+    """
+    needed = sum(array[0].size * array.dtype.itemsize * len(task.train_rows) for _, array in task.features.arrays())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise BadRequestError(
+            f"a pixel head holds the maps of its {len(task.train_rows)} training images, {needed / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB of memory are free",
+            hint="--head upernet reads them in batches; or take fewer --layers or --techniques",
+        )
 
 
 def _train_upernet(task: SegmentationTask, settings: HeadSettings, advance: StepProgress) -> Result:
