@@ -198,6 +198,7 @@ def _show_model(name: str, image_size: str | None, *, layers: bool, as_json: boo
         "problem": problem,
         "how_to_get": entry.how() if entry else how_to_get,
         "image_size_px": [height, width],
+        "techniques": {key: list(parts) for key, parts in source.own_parts.items()},
         "presets": {key: list(value) for key, value in source.presets.items()},
         "layers": {key: list(shape) for key, shape in shapes.items()},
     }
@@ -211,6 +212,8 @@ def _show_model(name: str, image_size: str | None, *, layers: bool, as_json: boo
         console.say(f"how to get them: {detail['how_to_get']}", to=console.out)
     for part, hub in (entry.hub if entry else {}).items():
         console.say(f"{part}: {hub} on the Hugging Face Hub", to=console.out)
+    steered = [f"{key} ({', '.join(parts)})" if parts else key for key, parts in source.own_parts.items()]
+    console.say(f"techniques: {', '.join(steered)}", to=console.out)
     for key, names in source.presets.items():
         listed = f"{len(names)} layers" if len(names) > _LISTED_LAYERS else ", ".join(names)
         console.say(f"preset {key}: {listed}", to=console.out)

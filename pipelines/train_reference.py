@@ -1,4 +1,4 @@
-"""Trains the embedded `reference` model from nothing: pool, VAE, UNet, ControlNet, LoRAs, evaluation.
+"""Trains the embedded `reference` model from nothing: pool, VAE, UNet, ControlNet, LoRAs, IP-Adapter, evaluation.
 
 Run as ``python -m featstore.pipelines.train_reference --work DIR --out DIR``. Every stage is seeded,
 writes checkpoints into ``--work`` and resumes from them when the same command is given again.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featstore.errors import BadRequestError
-from featstore.pipelines.reference.config import STAGES, TrainConfig, preset, with_lengths
+from featstore.pipelines.reference.config import CHECKS, STAGES, TrainConfig, preset, with_lengths
 
 if TYPE_CHECKING:
     from featstore.pipelines.reference.pool import PoolRender
@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, tuple[st
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)} [all]")
     parser.add_argument("--steps", default="", help="lengths in steps, as vae=2000,unet=7000")
     parser.add_argument("--minutes", default="", help="lengths as budgets, as vae=3,unet=10,controlnet=4")
+    parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}; the report keeps its other numbers [all]")
     parser.add_argument("--pool", type=int, help="pictures of the stream to render")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="render processes")
     parser.add_argument("--no-compile", action="store_true", help="never try torch.compile")
@@ -60,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, tuple[st
         pool_images=pool,
         vae_images=min(config.vae_images, pool),
         compile=config.compile and not given.no_compile,
+        evaluation=replace(config.evaluation, checks=tuple(given.checks.split(",")) if given.checks else CHECKS),
     )
     steps = {key: int(value) for key, value in _pairs(given.steps).items()}
     stages = tuple(given.stages.split(","))
@@ -91,7 +93,8 @@ def train(config: TrainConfig, stages: Sequence[str]) -> None:
     trains = {"vae", "unet", "controlnet"} & set(stages)
     judge_kept = (config.work / "probes" / "judge.safetensors").exists()
     render = None
-    if "pool" in stages or trains or ("evaluate" in stages and not judge_kept):
+    looks = {"image-encoder", "ip-adapter"} & set(stages)
+    if "pool" in stages or trains or looks or ("evaluate" in stages and not judge_kept):
         render = PoolRender(config.work / "pool", images=config.pool_images, seed=config.seed, workers=config.workers)
     try:
         if trains:
@@ -104,6 +107,9 @@ def train(config: TrainConfig, stages: Sequence[str]) -> None:
 
             with timed("lora"):
                 train_lora(config)
+        if looks:
+            assert render is not None
+            _train_ip_adapter(config, looks, render)
         if "evaluate" in stages:
             from featstore.pipelines.reference.evaluate import evaluate
 
@@ -138,6 +144,19 @@ def _train_networks(config: TrainConfig, stages: set[str], render: PoolRender) -
     if "controlnet" in stages:
         with timed("controlnet"):
             train_controlnet(config, denoiser, pool)
+
+
+def _train_ip_adapter(config: TrainConfig, stages: set[str], render: PoolRender) -> None:
+    """Both stages stand on the exported pipeline alone, and so can follow another training of it."""
+    from featstore.pipelines.reference.image_encoder import train_image_encoder
+    from featstore.pipelines.reference.ip_adapter import train_ip_adapter
+
+    if "image-encoder" in stages:
+        with timed("image-encoder"):
+            train_image_encoder(config, render)
+    if "ip-adapter" in stages:
+        with timed("ip-adapter"):
+            train_ip_adapter(config, render)
 
 
 class timed:  # noqa: N801 - reads as a statement

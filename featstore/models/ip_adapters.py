@@ -73,7 +73,7 @@ class IPAdapters:
                     str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None,
                     local_files_only=True, low_cpu_mem_usage=False,
                 )  # fmt: skip
-            unet.to(dtype=unet.dtype, device=unet.device).requires_grad_(False)
+                unet.to(dtype=unet.dtype, device=unet.device).requires_grad_(False)
             found = _Loaded(unet.attn_processors, unet.encoder_hid_proj, _Eyes(image_encoder, unet))
             found.eyes.check(path, found.projection.image_projection_layers[0])
             self._loaded[digest] = found

@@ -234,6 +234,18 @@ class ModelSource(PipelineFolder):
         folder = self.folder.parent / "ip-adapter"
         return folder if folder.is_dir() else None
 
+    @property
+    def own_parts(self) -> dict[str, tuple[str, ...]]:
+        """Techniques that can steer the model, with what comes with it for each: variants, data sets, or nothing.
+
+        Looks at names only: nothing is fetched, and of a shipped LoRA it says the data set and its variant.
+        """
+        loras = tuple(f"{name}:{variant}" if variant else name for name, variant in self._loras)
+        adapter = ("its own",) if self.ip_adapter_folder() is not None else ()
+        own = {"controlnet": self.controlnet_variants, "lora": loras, "ip-adapter": adapter}
+        order = ("prompt", "controlnet", "lora", "ip-adapter", "cfg")
+        return {"basic": ()} | {name: own.get(name, ()) for name in order if name in self.techniques}
+
     def lora_folder(self, dataset_name: str, variant: str | None) -> Path | None:
         """Folder of the LoRA for a data set: the one that the model ships, else the one that was trained here.
 

@@ -11,7 +11,8 @@ from featstore.techniques.base import Draft, IPAdapterRef, Part, Request
 
 TITLE = "an IP-Adapter, which shows the image itself to the cross-attention"
 VARIANTS = (
-    "the path of an IP-Adapter .safetensors file, with the folder image_encoder beside it; `@0.6` after it scales"
+    "none: the model's own; the path of an IP-Adapter .safetensors file, with the folder image_encoder beside it; "
+    "`@0.6` after it scales"
 )
 REPEATABLE = False
 SCALED = True

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from featstore.errors import BadRequestError
+from featstore.errors import BadRequestError, unknown_name
 
-STAGES = ("pool", "vae", "unet", "controlnet", "lora", "evaluate")
+STAGES = ("pool", "vae", "unet", "controlnet", "lora", "image-encoder", "ip-adapter", "evaluate")
 """The stages in their order; each resumes from what the ones before it left in the work folder."""
 
-TRAINED = ("vae", "unet", "controlnet", "lora")
+TRAINED = ("vae", "unet", "controlnet", "lora", "image-encoder", "ip-adapter")
 """The stages that take optimiser steps, and so may have a budget of minutes."""
+
+CHECKS = ("denoising", "features", "control", "adapters", "image-prompts", "prompts", "samples", "half_precision")
+"""The checks of the evaluation in their order, as evaluation.json names them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,14 @@ class ModelConfig:
     """Groups of the group norms."""
     lora_rank: int = 8
     """Rank of the LoRAs; their alpha is half of it."""
+    vision_width: int = 96
+    """Width of the image encoder, and of its embedding."""
+    vision_layers: int = 4
+    """Layers of the image encoder."""
+    vision_patch_px: int = 8
+    """Side of the image encoder's patches."""
+    image_tokens: int = 4
+    """Tokens that the IP-Adapter makes of an embedding; diffusers knows no other number for this kind."""
 
     @property
     def latent_px(self) -> int:
@@ -83,6 +94,8 @@ class EvalConfig:
     """Images of the test split used."""
     loss_repeats: int = 4
     """Draws of the noise when losses are compared."""
+    checks: tuple[str, ...] = CHECKS
+    """Checks to run; where they are not all of them, the numbers of the others are kept from the last report."""
     stride: int = 10
     """Timesteps between two passes when denoising."""
     draws: int = 5
@@ -95,6 +108,11 @@ class EvalConfig:
     """Steps of the pixel classifiers of the feature probe."""
     head_seeds: int = 3
     """Seeds of those pixel classifiers."""
+
+    def __post_init__(self) -> None:
+        for name in self.checks:
+            if name not in CHECKS:
+                raise unknown_name("check", name, CHECKS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +137,8 @@ class TrainConfig:
     """Pictures of the pretraining stream."""
     vae_images: int = 6_000
     """The first so many of them train the autoencoder, which can start before the rest is rendered."""
+    ip_adapter_images: int = 6_000
+    """The first so many of them train the IP-Adapter; encoding all would take longer than its few steps."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
     lora_every: int = 50
@@ -132,6 +152,12 @@ class TrainConfig:
     lora: StageConfig = field(
         default_factory=lambda: StageConfig(steps=1000, batch=10, learning_rate=4e-3, warmup=50, ema_decay=0.99)
     )
+    image_encoder: StageConfig = field(
+        default_factory=lambda: StageConfig(steps=1000, batch=192, learning_rate=1e-3, weight_decay=0.05)
+    )
+    ip_adapter: StageConfig = field(
+        default_factory=lambda: StageConfig(steps=1200, batch=16, learning_rate=2e-3, warmup=50)
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
@@ -141,8 +167,13 @@ class TrainConfig:
 
     def stage(self, name: str) -> StageConfig:
         """The optimisation of one stage, by name."""
-        stages = {"vae": self.vae, "unet": self.unet, "controlnet": self.controlnet, "lora": self.lora}
-        return stages[name]
+        stage: StageConfig = getattr(self, _field(name))
+        return stage
+
+
+def _field(stage: str) -> str:
+    """The field of `TrainConfig` that holds a stage of `TRAINED`."""
+    return stage.replace("-", "_")
 
 
 def preset(name: str, *, work: Path, out: Path, report: Path, device: str, workers: int) -> TrainConfig:
@@ -157,10 +188,13 @@ def preset(name: str, *, work: Path, out: Path, report: Path, device: str, worke
             evaluation=EvalConfig(probe_steps=2000),
             pool_images=200_000,
             vae_images=40_000,
+            ip_adapter_images=200_000,
             vae=StageConfig(steps=8000, batch=128, learning_rate=8e-4),
             unet=StageConfig(steps=25_000, batch=512, learning_rate=1e-3, warmup=500, ema_decay=0.9995),
             controlnet=StageConfig(steps=6000, batch=256, learning_rate=1e-3),
             lora=StageConfig(steps=1000, batch=30, learning_rate=1e-3, warmup=50),
+            image_encoder=StageConfig(steps=8000, batch=1024, learning_rate=1e-3, weight_decay=0.05),
+            ip_adapter=StageConfig(steps=8000, batch=256, learning_rate=1e-3),
         )
     if name == "smoke":
         tiny = StageConfig(steps=4, batch=4, learning_rate=1e-4, warmup=2)
@@ -174,12 +208,15 @@ def preset(name: str, *, work: Path, out: Path, report: Path, device: str, worke
             unet=tiny,
             controlnet=tiny,
             lora=tiny,
+            image_encoder=tiny,
+            ip_adapter=tiny,
             evaluation=EvalConfig(
                 samples=4,
                 sampling_steps=3,
                 test_images=4,
                 loss_repeats=1,
                 stride=100,
+                draws=1,
                 rare_pictures=8,
                 probe_steps=3,
                 head_steps=3,
@@ -195,11 +232,11 @@ def with_lengths(config: TrainConfig, *, steps: dict[str, int], minutes: dict[st
         if name not in TRAINED:
             raise BadRequestError(f"stage {name!r} has no length; those that have: {', '.join(TRAINED)}")
     stages = {
-        name: replace(
+        _field(name): replace(
             config.stage(name),
             steps=steps.get(name, config.stage(name).steps),
             minutes=minutes.get(name),
         )
         for name in TRAINED
     }
-    return replace(config, vae=stages["vae"], unet=stages["unet"], controlnet=stages["controlnet"], lora=stages["lora"])
+    return replace(config, **stages)  # type: ignore[arg-type]

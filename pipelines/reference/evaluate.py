@@ -15,7 +15,7 @@ from torch import Tensor
 from featstore.datasets import toyhorse
 from featstore.pipelines.reference import measures
 from featstore.pipelines.reference.captions import CLASS_CAPTION, LOW_PROMPT, PROMPT
-from featstore.pipelines.reference.config import TrainConfig
+from featstore.pipelines.reference.config import CHECKS, TrainConfig
 from featstore.pipelines.reference.data import to_images, to_pixels
 from featstore.pipelines.reference.export import (
     CONTROLNET,
@@ -27,6 +27,7 @@ from featstore.pipelines.reference.export import (
     size_bytes,
 )
 from featstore.pipelines.reference.features import feature_probe
+from featstore.pipelines.reference.image_prompts import evaluate_image_prompts
 from featstore.pipelines.reference.lora import denoising_loss, scaled_latents
 from featstore.pipelines.reference.pictures import save_grid, save_loss_curves
 from featstore.pipelines.reference.pool import TEST, TRAIN, VALIDATION, PoolRender, edges_of, split_pictures
@@ -194,6 +195,16 @@ class Evaluation:
             )
         return result
 
+    def image_prompts(self) -> dict[str, Any]:
+        """What the image encoder sees, and denoising with and without the IP-Adapter."""
+        return evaluate_image_prompts(
+            self.config,
+            pictures=self.pictures,
+            latents=self.latents,
+            prompts=self.captions["fixed"],
+            network=self.judge,
+        )
+
     def prompts(self) -> dict[str, Any]:
         """Denoising losses on the test images by prompt."""
         count = len(self.pictures)
@@ -234,7 +245,7 @@ def _interleave(a: list[Any], b: list[Any]) -> list[list[Any]]:
 
 
 def verdict(numbers: dict[str, Any]) -> dict[str, bool]:
-    """The acceptance criteria that these numbers speak to."""
+    """The acceptance criteria that these numbers, as read from JSON, speak to."""
     denoised, probe = numbers["denoising"]["t300 fixed"], numbers["features"]
     control, adapters = numbers["control"], numbers["adapters"]
     return {
@@ -243,10 +254,16 @@ def verdict(numbers: dict[str, Any]) -> dict[str, bool]:
         "features >= 1.4 x and 8 points": probe["ratio"] >= 1.4 and probe["points"] >= 8,
         "edges raise IoU at 501": control["t501 with"]["foreground_iou"] > control["t501 without"]["foreground_iou"],
         "lora lowers the test loss": all(
-            adapters[LORA]["test"][t] < adapters["basic"]["test"][t] for t in LOSS_TIMESTEPS
+            adapters[LORA]["test"][str(t)] < adapters["basic"]["test"][str(t)] for t in LOSS_TIMESTEPS
         ),
+        "own picture beats none and another's at 501": _own_helps(numbers["image-prompts"]),
         "at most 30 MB": numbers["size"]["total_bytes"] <= 30_000_000,
     }
+
+
+def _own_helps(numbers: dict[str, Any]) -> bool:
+    own, without, other = (numbers[f"t501 {name}"] for name in ("own", "without", "another's"))
+    return bool(own["l1"] < min(without["l1"], other["l1"]) and own["coat"] > max(without["coat"], other["coat"]))
 
 
 def evaluate(config: TrainConfig, render: PoolRender | None) -> dict[str, Any]:
@@ -255,17 +272,12 @@ def evaluate(config: TrainConfig, render: PoolRender | None) -> dict[str, Any]:
     evaluation = Evaluation(config, render)
     sizes = {folder.name: size_bytes(folder) for folder in sorted(config.out.iterdir()) if folder.is_dir()}
     numbers: dict[str, Any] = {"device": config.device, "size": {**sizes, "total_bytes": sum(sizes.values())}}
-    checks: dict[str, Callable[[], dict[str, Any]]] = {
-        "denoising": evaluation.denoising,
-        "features": evaluation.features,
-        "control": evaluation.control,
-        "adapters": evaluation.adapters,
-        "prompts": evaluation.prompts,
-        "samples": evaluation.samples,
-        "half_precision": evaluation.half_precision,
-    }
+    chosen, kept = config.evaluation.checks, config.report / "evaluation.json"
+    if set(chosen) < set(CHECKS) and kept.exists():
+        numbers = json.loads(kept.read_text(encoding="utf-8")) | numbers
     failed = []
-    for name, check in checks.items():
+    for name in chosen:
+        check: Callable[[], dict[str, Any]] = getattr(evaluation, name.replace("-", "_"))
         try:
             numbers[name] = check()
         except Exception:
@@ -274,8 +286,9 @@ def evaluate(config: TrainConfig, render: PoolRender | None) -> dict[str, Any]:
             continue
         logger.info("evaluate: %s %s", name, json.dumps(_rounded(numbers[name])))
         _write(config, numbers)
-    if not failed:
-        numbers["verdict"] = verdict(numbers)
+    if not failed and set(CHECKS) <= set(numbers):
+        # As read back: numbers kept from the last report have their timesteps as text.
+        numbers["verdict"] = verdict(json.loads(json.dumps(numbers)))
         logger.info("evaluate: verdict %s", numbers["verdict"])
     _write(config, numbers)
     save_loss_curves(config.report / "loss-curves.png", config.work / "logs")

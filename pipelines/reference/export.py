@@ -1,6 +1,6 @@
 """Writes the trained networks as stock folders in float16, and packs them to be carried away.
 
-``<out>/pipeline``, ``<out>/controlnet-canny``, ``<out>/lora``, ``<out>/lora-overfit``.
+``<out>/pipeline``, ``<out>/controlnet-canny``, ``<out>/lora``, ``<out>/lora-overfit``, ``<out>/ip-adapter``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from featstore.errors import NotFoundError
 from featstore.pipelines.reference.config import TrainConfig
 from featstore.pipelines.reference.networks import build_scheduler
 
 logger = logging.getLogger(__name__)
 
 PIPELINE, CONTROLNET, LORA, LORA_OVERFIT = "pipeline", "controlnet-canny", "lora", "lora-overfit"
+IP_ADAPTER, IMAGE_ENCODER = "ip-adapter", "image_encoder"
+"""The IP-Adapter's folder, and the folder in it of the model that sees for it."""
+IP_ADAPTER_FILE = "ip_adapter.safetensors"
 PART_BYTES = 15 * 2**20
 """Largest part of the packed weights."""
 
@@ -74,6 +78,8 @@ def export_controlnet(folder: Path, controlnet: ControlNetModel) -> None:
 
 def load_pipeline(folder: Path, device: str) -> StableDiffusionPipeline:
     """The exported pipeline, its float16 weights held in float32, frozen, without a progress bar."""
+    if not (folder / "model_index.json").is_file():
+        raise NotFoundError(f"there is no pipeline in {folder}", hint="the stages vae and unet make it")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, safety_checker=None, requires_safety_checker=False
     ).to(device)
@@ -109,7 +115,7 @@ def pack(config: TrainConfig) -> None:
 def _pack_weights(out: Path, folder: Path) -> None:
     whole = folder / "weights.partial"
     with tarfile.open(whole, "w") as tar:
-        for name in (PIPELINE, CONTROLNET, LORA, LORA_OVERFIT):
+        for name in (PIPELINE, CONTROLNET, LORA, LORA_OVERFIT, IP_ADAPTER):
             if (out / name).exists():
                 tar.add(out / name, arcname=name)
     data = whole.read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ def denoise(
     *,
     controlnet: ControlNetModel | None = None,
     hints: Tensor | None = None,
+    embeddings: Tensor | None = None,
     stride: int = 10,
     seed: int = 0,
 ) -> Tensor:
@@ -35,6 +38,7 @@ def denoise(
         start: timestep of the noise.
         controlnet: steers every pass if given.
         hints: (B, 3, 64, 64) edges in {0, 1} for it.
+        embeddings: (B, D) what a loaded IP-Adapter is shown; needed if there is one.
         stride: timesteps between two passes.
         seed: of the noise.
 
@@ -50,10 +54,12 @@ def denoise(
     timesteps = list(range(start, 0, -stride))
     for timestep, following in zip(timesteps, [*timesteps[1:], 0], strict=True):
         at = torch.full((len(latents),), timestep, device=device)
-        extra = {}
+        extra: dict[str, Any] = {}
+        if embeddings is not None:
+            extra["added_cond_kwargs"] = {"image_embeds": [embeddings[:, None]]}
         if controlnet is not None:
             down, mid = controlnet(x, at, words, controlnet_cond=hints, return_dict=False)
-            extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            extra |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         predicted = pipeline.unet(x, at, words, return_dict=False, **extra)[0]
         alpha, then = alphas[timestep], alphas[following]
         clean = (x - (1 - alpha).sqrt() * predicted) / alpha.sqrt()

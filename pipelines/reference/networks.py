@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from featstore.pipelines.reference.config import ModelConfig
 from featstore.pipelines.reference.tokens import LENGTH
@@ -57,6 +57,21 @@ def build_text_encoder(config: ModelConfig, tokenizer: CLIPTokenizer) -> CLIPTex
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_image_encoder(config: ModelConfig) -> CLIPVisionModelWithProjection:
+    """A small CLIP vision model of (B, 3, 64, 64) pixels, normalised as CLIP does it."""
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=config.vision_width,
+            intermediate_size=3 * config.vision_width,
+            projection_dim=config.vision_width,
+            num_hidden_layers=config.vision_layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_px,
+            patch_size=config.vision_patch_px,
         )
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from featstore.pipelines.reference.config import TRAINED
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -41,7 +43,7 @@ def save_grid(file: Path, rows: list[list[U8]], *, zoom: int = 1, gap: int = 2) 
 
 def save_loss_curves(file: Path, logs: Path) -> None:
     """Draw the losses of all stages from their JSON lines in ``logs``."""
-    stages = [name for name in ("vae", "unet", "controlnet", "lora") if (logs / f"{name}.jsonl").exists()]
+    stages = [name for name in TRAINED if (logs / f"{name}.jsonl").exists()]
     if not stages:
         return
     figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.6), squeeze=False)

@@ -1,7 +1,8 @@
 """The embedded model, a small Stable Diffusion of toyhorse's world.
 
-Trained on the pretraining stream of toyhorse, with a canny ControlNet and two LoRAs of the training images:
-one well trained, one slightly overfitted.
+Trained on the pretraining stream of toyhorse, with a canny ControlNet, an IP-Adapter with its image encoder, and two
+LoRAs of the training images: one well trained, one slightly overfitted. The IP-Adapter is found by its place, the
+folder ``ip-adapter`` beside the pipeline's.
 """
 
 from __future__ import annotations

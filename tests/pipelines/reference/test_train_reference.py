@@ -15,14 +15,20 @@ from featstore.errors import BadRequestError
 from featstore.pipelines import train_reference
 from featstore.pipelines.reference import lora, pool
 from featstore.pipelines.reference.captions import PROMPT, SUFFIXES
-from featstore.pipelines.reference.config import ModelConfig, StageConfig, TrainConfig, preset
+from featstore.pipelines.reference.config import CHECKS, ModelConfig, StageConfig, TrainConfig, preset
 from featstore.pipelines.reference.data import caption_table, to_images, to_pixels
 from featstore.pipelines.reference.export import load_pipeline, size_bytes
 from featstore.pipelines.reference.loop import Groups, Loop
 from featstore.pipelines.reference.tokens import build_tokenizer
 
 TINY = ModelConfig(
-    vae_widths=(8, 8, 8), unet_widths=(8, 8, 16, 16), hint_widths=(8, 8, 8), text_width=16, text_layers=1
+    vae_widths=(8, 8, 8),
+    unet_widths=(8, 8, 16, 16),
+    hint_widths=(8, 8, 8),
+    text_width=16,
+    text_layers=1,
+    vision_width=16,
+    vision_layers=1,
 )
 
 
@@ -51,8 +57,11 @@ def trained(tmp_path_factory):
 
 def test_smoke_run_leaves_a_stock_model_and_its_numbers(trained):
     out, numbers = trained / "out", json.loads((trained / "report" / "evaluation.json").read_text())
-    assert sorted(p.name for p in out.iterdir()) == ["controlnet-canny", "lora", "lora-overfit", "pipeline"]
-    assert {"denoising", "features", "control", "adapters", "prompts", "samples", "verdict"} <= set(numbers)
+    names = ["controlnet-canny", "ip-adapter", "lora", "lora-overfit", "pipeline"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert {*CHECKS, "verdict"} <= set(numbers)
+    assert numbers["image-prompts"]["scale 0 is none"] is True
+    assert (trained / "report" / "ip-adapter.png").exists()
     assert numbers["size"]["total_bytes"] == size_bytes(out)
     index = json.loads((out / "pipeline" / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
@@ -60,6 +69,19 @@ def test_smoke_run_leaves_a_stock_model_and_its_numbers(trained):
     assert all(file.suffix in {".safetensors", ".json", ".txt"} for file in out.rglob("*") if file.is_file())
     assert not any(str(trained) in file.read_text() for file in out.rglob("*.json"))
     assert {p.name for p in (trained / "work" / "pack").iterdir()} == {"weights.tar.00", "report.tar.gz"}
+
+
+def test_one_check_alone_keeps_the_numbers_of_the_others(trained):
+    file = trained / "report" / "evaluation.json"
+    before = json.loads(file.read_text())
+    config = smoke(trained)
+    config = replace(config, evaluation=replace(config.evaluation, checks=("image-prompts",), test_images=3))
+    train_reference.train(config, ("evaluate",))
+    after = json.loads(file.read_text())
+    assert after["image-prompts"]["encoder"]["tested on"] == 3
+    assert {name: after[name] for name in CHECKS if name != "image-prompts"} == {
+        name: before[name] for name in CHECKS if name != "image-prompts"
+    }
 
 
 def test_second_run_of_a_finished_stage_changes_nothing(trained):
