@@ -19,7 +19,7 @@ from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.plan import ExtractConfig, make_plan
 from featstore.pipelines.progress import Progress, Silent
 from featstore.pipelines.reading import BucketConfig, OpenBucket, extract_command, open_bucket
-from featstore.pipelines.show import attention_panels, pca_of_runs
+from featstore.pipelines.show_panels import attention_panels, pca_of_runs
 from featstore.pipelines.train_head import TrainHeadConfig, TrainHeadReport, train_head
 
 DATASET = "toyhorse"

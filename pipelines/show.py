@@ -1,4 +1,4 @@
-"""Pictures of stored features: PCA to RGB with one basis for all runs, and attention maps by token."""
+"""Pictures of stored features: PCA to RGB with one basis for all runs, attention by token, content shift, assigners."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from featstore import models, pictures
-from featstore.errors import FeatstoreError, unknown_name
+from featstore import pictures
+from featstore.errors import BadRequestError, unknown_name
+from featstore.pictures.files import figure_format
 from featstore.pipelines.reading import BucketConfig, OpenBucket, open_bucket
+from featstore.pipelines.show_panels import attention_panels, every_attention, pca_of_runs, shift_panels
 
-_SHOWN_TOKENS = 3
-_FIT_IMAGES = 32
-_FIT_BYTES = 1 << 30
-_FILLERS = frozenset({"a", "an", "the", "of", "in", "with", ","})
+KINDS = {
+    "overview": "input, labels, PCA of each run, attention of a few words",
+    "pca": "PCA with one basis, a row a technique, a column a timestep",
+    "attention": "where each token of the prompt is looked for",
+    "shift": "where features differ from the unsteered ones at t = 0",
+    "assigners": "what the assigners of a trained head chose",
+}
+"""What can be drawn."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +29,26 @@ class ShowConfig:
 
     bucket: BucketConfig
     """The runs."""
+    kind: str = "overview"
+    """One of `KINDS`, but not ``assigners`` (`show_assigners`)."""
     keys: tuple[str, ...] = ()
     """Images; empty: the first ``count`` that all runs have."""
     count: int = 4
     """How many images, where no keys are given."""
     out: Path = Path("features.png")
-    """The PNG file to write."""
+    """The PNG or SVG file to write."""
     seed: int = 0
     """Seed of the positions that the PCA is fitted on."""
 
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind, and a file that is neither PNG nor SVG."""
+        if self.kind not in KINDS:
+            raise unknown_name("kind of picture", self.kind, KINDS)
+        figure_format(self.out)
+
 
 def show(config: ShowConfig) -> Path:
-    """Write one picture: a row an image, columns input, labels, PCA of each run, attention of a few tokens.
+    """Write one picture, a row an image; its columns are what `KINDS` says.
 
     Raises:
         BadRequestError: for an unknown key.
@@ -48,74 +62,74 @@ def show(config: ShowConfig) -> Path:
     keys = list(config.keys) or _first_complete(bucket, known, config.count)
     rows = bucket.require(keys or known[:1], config.bucket)
     images = [bucket.dataset.image(key) for key in keys]
-    truth = [bucket.dataset.mask(key) for key in keys]
-    panels = pictures.segmentation_panels(
-        images, truth, features=pca_of_runs(bucket, rows, seed=config.seed), predictions={}
-    )
-    panels += attention_panels(bucket, rows, images)
-    shown = [mask for mask in truth if mask is not None]
-    legend = pictures.legend(bucket.dataset.info.classes, shown) if shown and bucket.dataset.info.classes else ()
+    inputs = pictures.Panel(title="input", pictures=tuple(images))
     first = bucket.runs[0].recipe
     title = f"{bucket.stored.name}, {first.model}, t = {', '.join(map(str, config.bucket.timesteps))}"
-    return pictures.save_grid(config.out, panels, row_titles=keys, title=title, legend=legend)
+    if config.kind == "overview":
+        panels, legend = _overview(bucket, rows, keys, images, config.seed)
+        return pictures.save_grid(config.out, panels, row_titles=keys, title=title, legend=legend)
+    if config.kind == "pca":
+        panels, row_titles = _by_timestep(bucket, rows, keys, images, config.seed)
+        return pictures.save_grid(config.out, panels, row_titles=row_titles, title=f"{bucket.stored.name}: PCA")
+    if config.kind == "attention":
+        panels = every_attention(bucket, rows, images)
+        if not panels:
+            command = bucket.extract_command(dataclasses.replace(config.bucket, layers="attn-up-cross-2"))
+            raise BadRequestError("none of these runs has attention layers", hint=f"run: {command}")
+        return pictures.save_grid(config.out, [inputs, *panels], row_titles=keys, title=f"{title}: attention")
+    panels = shift_panels(bucket, config.bucket, rows, images)
+    return pictures.save_grid(config.out, [inputs, *panels], row_titles=keys, title="content shift to t = 0, and mean")
 
 
-def pca_of_runs(bucket: OpenBucket, rows: np.ndarray, *, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """PCA pictures uint8 (H, W, 3) by run title, one a row, with one basis across the runs.
+def _overview(
+    bucket: OpenBucket, rows: np.ndarray, keys: list[str], images: list[np.ndarray], seed: int
+) -> tuple[list[pictures.Panel], list[tuple[str, tuple[int, int, int]]]]:
+    truth = [bucket.dataset.mask(key) for key in keys]
+    features = pca_of_runs(bucket, rows, seed=seed)
+    panels = pictures.segmentation_panels(images, truth, features=features, predictions={})
+    shown = [mask for mask in truth if mask is not None]
+    classes = bucket.dataset.info.classes
+    return panels + attention_panels(bucket, rows, images), pictures.legend(classes, shown) if shown and classes else []
 
-    The basis is fitted on further images beside those shown, as many as memory allows: else one odd
-    image among four takes all the colours.
-    """
-    fitted = np.concatenate([rows, _further_rows(bucket, rows)])
-    stacks = {
-        title: pictures.stack_layers({name: run.numpy(name, fitted) for name in bucket.maps})
+
+def _by_timestep(
+    bucket: OpenBucket, rows: np.ndarray, keys: list[str], images: list[np.ndarray], seed: int
+) -> tuple[list[pictures.Panel], list[str]]:
+    """Columns of timesteps and titles of rows, which are techniques by image; the input stands beside the first."""
+    features = pca_of_runs(bucket, rows, seed=seed)
+    place = {
+        (run.recipe.technique, run.recipe.timestep): title
         for title, run in zip(bucket.titles, bucket.runs, strict=True)
     }
-    basis = pictures.fit_pca(list(stacks.values()), seed=seed)
-    return {title: list(pictures.pca_pictures(basis, stack[: len(rows)])) for title, stack in stacks.items()}
+    techniques = list(dict.fromkeys(technique for technique, _ in place))
+    inputs = tuple(None if number else image for image in images for number in range(len(techniques)))
+    panels = [pictures.Panel(title="input", pictures=inputs)]
+    for timestep in dict.fromkeys(timestep for _, timestep in place):
+        cells = tuple(features[place[one, timestep]][row] for row in range(len(keys)) for one in techniques)
+        panels.append(pictures.Panel(title=f"t = {timestep}", pictures=cells))
+    return panels, [f"{key} {technique}" for key in keys for technique in techniques]
 
 
-def _further_rows(bucket: OpenBucket, rows: np.ndarray) -> np.ndarray:
-    """Complete rows beside ``rows``, spread over the data set."""
-    shapes = [bucket.runs[0].layers[name].shape for name in bucket.maps]
-    channels, height, width = (sum(s[0] for s in shapes), max(s[1] for s in shapes), max(s[2] for s in shapes))
-    room = _FIT_BYTES // (4 * channels * height * width * len(bucket.runs)) - len(rows)
-    others = np.setdiff1d(np.flatnonzero(bucket.complete()), rows)
-    count = max(0, min(room, _FIT_IMAGES, len(others)))
-    return others[np.linspace(0, len(others) - 1, count).astype(int)] if count else others[:0]
+def show_assigners(head: Path, out: Path) -> Path:
+    """Draw what the assigners of the head in folder ``head`` chose: mean weights of its runs.
 
+    Raises:
+        NotFoundError: if the folder holds no head.
+        BadRequestError: if the head amalgamates nothing.
+    """
+    figure_format(out)
+    from featstore.heads.files import read_head_json
 
-def attention_panels(bucket: OpenBucket, rows: np.ndarray, images: list[np.ndarray]) -> list[pictures.Panel]:
-    """Attention of a few of the prompt's tokens, from the run that heads take attention from."""
-    if not bucket.beside:
-        return []
-    run, layers = bucket.beside[0].run, bucket.beside[0].layers
-    layer = max(layers, key=lambda name: run.layers[name].shape[1])
-    maps = run.numpy(layer, rows).astype(np.float32)
-    return [
-        pictures.Panel(
-            title=f"attention: {word}",
-            pictures=tuple(
-                pictures.attention_overlay(image, one[token]) for image, one in zip(images, maps, strict=True)
-            ),
+    document = read_head_json(head)
+    weights = document["metrics"].get("first_split", {}).get("assigner_weights")
+    runs = [run["name"] for run in document["features"]["runs"]]
+    if not weights or len(runs) < 2:
+        raise BadRequestError(
+            f"the head in {str(head)!r} has no assigners: it was trained on one run",
+            hint="train one on several: featstore train-head --techniques basic,prompt,controlnet",
         )
-        for token, word in _tokens(
-            run.recipe.model, run.recipe.parameters.get("prompt"), run.recipe.parameters.get("prompt_chunks", 1)
-        )
-    ]
-
-
-def _tokens(model: str, prompt: str | None, prompt_chunks: int) -> list[tuple[int, str]]:
-    """Positions and words of a few telling tokens; without the tokenizer at hand, the first positions."""
-    unnamed = [(position, f"token {position}") for position in range(1, _SHOWN_TOKENS + 1)]
-    if not prompt:
-        return unnamed
-    try:
-        words = models.describe(model).tokens(prompt, prompt_chunks)
-    except FeatstoreError:  # the weights are not on this machine; the features are, and that is enough
-        return unnamed
-    telling = [(position, word) for position, word in enumerate(words) if word and word not in _FILLERS]
-    return telling[:_SHOWN_TOKENS] or unnamed
+    extra = document["extra"]
+    return pictures.save_assigners(out, weights, runs, title=f"{extra['dataset_in_store']}: {extra['task']}")
 
 
 def _first_complete(bucket: OpenBucket, known: list[str], count: int) -> list[str]:

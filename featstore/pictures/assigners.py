@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from featstore.errors import BadRequestError
-from featstore.pictures.files import publish
+from featstore.pictures.files import figure_format, save_figure
 from featstore.pictures.palette import class_colours
 
 _BAR_INCHES = 0.24
@@ -17,21 +16,22 @@ _LONGEST = 48
 def save_assigners(
     path: Path, weights: Mapping[str, Sequence[Sequence[float]]], runs: Sequence[str], *, title: str = ""
 ) -> Path:
-    """Draw the mean weights of assigners into a PNG file: a bar an assigner, cut into the shares of the runs.
+    """Draw the mean weights of assigners into a PNG or SVG file: a bar an assigner, cut into the shares of the runs.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, ``.png`` or ``.svg``; its folder is made.
         weights: by what the assigners weigh (a layer, a class), for each of n assigners the K runs' mean weights.
         runs: names of the K runs.
         title: above everything.
 
     Raises:
-        BadRequestError: if there is nothing to draw, or a list has not K weights.
+        BadRequestError: if there is nothing to draw, or a list has not K weights, or for another ending.
         StorageError: if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure_format(path)
     bars = [
         (_short(name) if len(rows) == 1 else f"{_short(name)}, {number}", row)
         for name, rows in weights.items()
@@ -56,9 +56,7 @@ def save_assigners(
     figure.legend(loc="outside lower center", ncols=min(4, len(runs)), fontsize=7, frameon=False)
     if title:
         axes.set_title(title, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return publish(path, buffer.getvalue())
+    return save_figure(path, figure)
 
 
 def _short(name: str) -> str:

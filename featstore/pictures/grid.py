@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import BadRequestError
-from featstore.pictures.files import publish
+from featstore.pictures.files import figure_format, save_figure
 from featstore.pictures.palette import Rgb, colour_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -75,10 +77,10 @@ def save_grid(
     legend: Sequence[tuple[str, Rgb]] = (),
     dpi: int = 150,
 ) -> Path:
-    """Draw a grid of pictures with titles and a legend into a PNG file.
+    """Draw a grid of pictures with titles and a legend into a PNG or SVG file.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, ``.png`` or ``.svg``; its folder is made.
         panels: the columns, each with one picture a row.
         row_titles: names of the rows, e.g. keys; may be empty.
         title: above everything.
@@ -86,9 +88,10 @@ def save_grid(
         dpi: dots an inch; a column is 1.35 inches wide.
 
     Raises:
-        BadRequestError: if there is nothing to draw or columns have different lengths.
+        BadRequestError: if there is nothing to draw, columns have different lengths, or for another ending.
         StorageError: if the file cannot be written.
     """
+    figure_format(path)
     lengths = {len(panel.pictures) for panel in panels}
     if len(lengths) != 1 or lengths == {0} or (row_titles and len(row_titles) not in lengths):
         counts = ", ".join(f"{panel.title!r} {len(panel.pictures)}" for panel in panels) or "none"
@@ -97,8 +100,8 @@ def save_grid(
     with warnings.catch_warnings():
         # a key may hold characters that the font lacks: they are drawn as boxes, which is no reason to fail
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        content = _draw(panels, rows, row_titles=row_titles, title=title, legend=legend, dpi=dpi)
-    return publish(path, content)
+        figure = _draw(panels, rows, row_titles=row_titles, title=title, legend=legend, dpi=dpi)
+        return save_figure(path, figure)
 
 
 def _draw(
@@ -109,8 +112,8 @@ def _draw(
     title: str,
     legend: Sequence[tuple[str, Rgb]],
     dpi: int,
-) -> bytes:
-    """The grid as PNG bytes. Positions are in inches from the lower left corner, so that nothing overlaps."""
+) -> Figure:
+    """The grid as a figure. Positions are in inches from the lower left corner, so that nothing overlaps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -154,6 +157,4 @@ def _draw(
         chip.set_facecolor((red / 255, green / 255, blue / 255))
         chip.set(xticks=[], yticks=[])
         text(left + 0.22, bottom + 0.065, name if len(name) <= 24 else f"{name[:23]}…", fontsize=7, va="center")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure

@@ -21,7 +21,8 @@ UInt8Array = npt.NDArray[np.uint8]
 
 FIT_PIXELS = 20_000
 """How many pixel vectors the basis is fitted on at most."""
-_CLIPPED_PERCENT = 1.0
+CLIPPED_PERCENT = 1.0
+"""Share of the pixels at either end of a direction that are shown as its end."""
 _EXACT_CHANNELS = 1000
 
 
@@ -59,7 +60,13 @@ def resize_maps(maps: FloatArray, height: int, width: int) -> FloatArray:
     return resized
 
 
-def stack_layers(layers: Mapping[str, FloatArray]) -> FloatArray:
+def layer_size(maps: FloatArray) -> float:
+    """Root mean square over pixels of the length of maps (N, C, H, W); 1 where they are all zero."""
+    wide = maps.astype(np.float32)
+    return float(np.sqrt(np.mean(np.square(wide, dtype=np.float64)) * maps.shape[1])) or 1.0
+
+
+def stack_layers(layers: Mapping[str, FloatArray], sizes: Mapping[str, float] | None = None) -> FloatArray:
     """Several layers of the same images as one stack of maps, on the grid of the largest.
 
     Every layer is divided by the root mean square of its values and by the root of its number of channels,
@@ -67,6 +74,8 @@ def stack_layers(layers: Mapping[str, FloatArray]) -> FloatArray:
 
     Args:
         layers: name to maps (N, C, H, W), the same N.
+        sizes: what each layer is divided by, the same for all stacks that are to be compared; None: its own
+            `layer_size`.
 
     Returns:
         float32 (N, sum of C, max H, max W).
@@ -79,10 +88,10 @@ def stack_layers(layers: Mapping[str, FloatArray]) -> FloatArray:
     height = max(maps.shape[2] for maps in layers.values())
     width = max(maps.shape[3] for maps in layers.values())
     scaled = []
-    for maps in layers.values():
+    for name, maps in layers.items():
+        size = layer_size(maps) if sizes is None else sizes[name]
         wide = maps.astype(np.float32)
-        size = float(np.sqrt(np.mean(np.square(wide, dtype=np.float64)) * maps.shape[1]))
-        scaled.append(resize_maps(wide, height, width) / (size or 1.0))
+        scaled.append(resize_maps(wide, height, width) / size)
     return np.concatenate(scaled, axis=1)
 
 
@@ -108,7 +117,7 @@ def fit_pca(stacks: Sequence[FloatArray], *, seed: int = 0) -> PcaBasis:
         raise BadRequestError(f"maps (N, C, H, W) of equal C are needed, not {shapes}")
     rng = np.random.default_rng(seed)
     share = -(-FIT_PIXELS // len(stacks))
-    pixels = np.concatenate([_some_pixels(maps, share, rng) for maps in stacks])
+    pixels = np.concatenate([some_pixels(maps, share, rng) for maps in stacks])
     if not np.isfinite(pixels).all():
         raise BadRequestError("maps hold values that are not finite", hint="show images that were extracted")
     count = min(3, *pixels.shape)
@@ -121,13 +130,13 @@ def fit_pca(stacks: Sequence[FloatArray], *, seed: int = 0) -> PcaBasis:
     low, high = np.zeros(3), np.ones(3)
     if varies:
         components[:count] = pca.components_
-        low[:count] = np.percentile(coordinates, _CLIPPED_PERCENT, axis=0)
-        high[:count] = np.percentile(coordinates, 100 - _CLIPPED_PERCENT, axis=0)
+        low[:count] = np.percentile(coordinates, CLIPPED_PERCENT, axis=0)
+        high[:count] = np.percentile(coordinates, 100 - CLIPPED_PERCENT, axis=0)
     explained = tuple(float(value) for value in pca.explained_variance_ratio_) if varies else ()
     return PcaBasis(mean=pixels.mean(axis=0), components=components, low=low, high=high, explained=explained)
 
 
-def _some_pixels(maps: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
+def some_pixels(maps: FloatArray, count: int, rng: np.random.Generator) -> FloatArray:
     """At most ``count`` pixel vectors of maps (N, C, H, W), drawn without repetition: float64 (P, C)."""
     images, _, height, width = maps.shape
     total = images * height * width

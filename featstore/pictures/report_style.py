@@ -8,7 +8,8 @@ STYLE = """
 :root{--ink:#e9eaee;--soft:#a2a6b0;--paper:#15161a;--rule:#33363e;--bar:#7b96ff;--best:#38c793;--track:#24262d}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%;overflow-wrap:anywhere}
+.wide th,.wide td{overflow-wrap:break-word}
 main{max-width:76rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.6rem;line-height:1.25;margin:.5rem 0}
 h2{font-size:1.15rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--rule)}
@@ -21,7 +22,7 @@ tbody tr+tr td,tbody tr+tr th{border-top:1px solid var(--rule)}
 .value{text-align:right;white-space:nowrap}
 .wide{overflow-x:auto;-webkit-overflow-scrolling:touch}
 .scores{width:100%}
-.scores th[scope=row]{font-weight:500;overflow-wrap:break-word;width:34%}
+.scores th[scope=row]{font-weight:500;overflow-wrap:anywhere;width:34%}
 .scores small{display:block;color:var(--soft);font-weight:400}
 .std{color:var(--soft);font-size:.85em}
 .bar{width:50%;padding-right:0}
@@ -30,6 +31,18 @@ tbody tr+tr td,tbody tr+tr th{border-top:1px solid var(--rule)}
 .best .fill{background:var(--best)}
 .best th[scope=row]{font-weight:700}
 .whisker{position:absolute;top:50%;height:2px;margin-top:-1px;background:var(--ink)}
+.intervals .track{background:none;border-bottom:1px solid var(--rule)}
+.zero{position:absolute;top:0;bottom:0;width:1px;background:var(--soft)}
+.line{position:absolute;top:50%;height:3px;margin-top:-1.5px;background:var(--bar);border-radius:2px}
+.dot{position:absolute;top:50%;width:.6rem;height:.6rem;margin:-.3rem 0 0 -.3rem;background:var(--ink);
+border-radius:50%}
+.intervals .std{display:block}
+.plate{margin:0}
+.plate img{display:block;max-width:100%;height:auto;border-radius:.3rem}
+details{border:1px solid var(--rule);border-radius:.3rem;margin:.4rem 0}
+summary{cursor:pointer;padding:.4rem .75rem;overflow-wrap:anywhere}
+details pre{margin:0;padding:.5rem .75rem;border-top:1px solid var(--rule);overflow-x:auto;font-size:.8rem;
+font-family:ui-monospace,Menlo,Consolas,monospace}
 .pictures th,.pictures td{padding:.2rem .3rem .2rem 0;border:0!important}
 .pictures thead th{font-size:.8rem;max-width:8rem;min-width:5rem;vertical-align:bottom;overflow-wrap:anywhere}
 .pictures th[scope=row]{font-size:.8rem;font-weight:500;color:var(--soft);max-width:7rem;overflow-wrap:anywhere}
@@ -45,6 +58,8 @@ border:1px solid var(--rule)}
 .scores th,.scores td{padding-right:.5rem}
 .scores th[scope=row]{width:auto;font-size:.9rem}
 .bar{width:28%}
+.intervals .bar{width:38%}
+.intervals .value{white-space:normal}
 .made{grid-template-columns:1fr}
 .made dd{margin-bottom:.5rem}}
 """

@@ -14,7 +14,21 @@ import pytest
 from PIL import Image
 
 from featstore.errors import BadRequestError
-from featstore.pictures import Panel, PanelTable, Report, Score, ScoreTable, Table, render_report, write_report
+from featstore.pictures import (
+    Details,
+    Interval,
+    IntervalTable,
+    Panel,
+    PanelTable,
+    Plate,
+    Report,
+    Score,
+    ScoreTable,
+    Section,
+    Table,
+    render_report,
+    write_report,
+)
 
 VOID = {"meta", "img", "br", "wbr"}
 PICTURES = tuple(np.random.default_rng(i).integers(0, 256, (5 + i, 7, 3), dtype=np.uint8) for i in range(3))
@@ -48,7 +62,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def report(*sections: ScoreTable | Table | PanelTable, **fields: str) -> Report:
+def report(*sections: Section, **fields: str) -> Report:
     return Report(
         title=fields.get("title", "T"), lead=fields.get("lead", "L"), sections=sections, made={"command": "c"}
     )
@@ -97,6 +111,11 @@ def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
                     legend=((nasty, (1, 2, 3)),),
                 ),
                 Table(title=nasty, columns=(nasty,), rows=((nasty,),)),
+                IntervalTable(
+                    title=nasty, metric=nasty, intervals=(Interval(name=nasty, value=0.1, note=nasty),), note=nasty
+                ),
+                Plate(title=nasty, picture=PICTURES[0], words=nasty, note=nasty),
+                Details(title=nasty, entries=((nasty, nasty),), note=nasty),
             ),
             made={nasty: nasty},
         )
@@ -104,8 +123,8 @@ def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
     page = Page(text)
     assert page.all("script") == []
     assert page.all("link") == []
-    assert [str(image["src"])[:22] for image in page.all("img")] == ["data:image/png;base64,"]
-    assert "".join(page.text).count(nasty) >= 12, "it is shown as text"
+    assert [str(image["src"])[:22] for image in page.all("img")] == ["data:image/png;base64,"] * 2
+    assert "".join(page.text).count(nasty) >= 23, "it is shown as text"
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -165,3 +184,45 @@ def test_what_cannot_be_shown_is_refused() -> None:
     grey = Panel(title="a", pictures=(PICTURES[0][:, :, 0],))
     with pytest.raises(BadRequestError, match=r"uint8 \(H, W, 3\)"):
         render_report(report(PanelTable(title="p", panels=(grey,))))
+
+
+def places(page: Page, kind: str) -> list[list[float]]:
+    """Numbers in the styles of the spans of a class."""
+    spans = [span for span in page.all("span") if span.get("class") == kind]
+    return [[float(number) for number in re.findall(r"-?[\d.]+", str(span["style"]))] for span in spans]
+
+
+def test_intervals_lie_on_one_axis_with_zero_on_it() -> None:
+    intervals = (
+        Interval(name="helps", value=0.3, low=0.2, high=0.5),
+        Interval(name="harms", value=-0.1, low=-0.3, high=0.0),
+        Interval(name="nothing known", value=math.nan),
+        Interval(name="no interval", value=0.1),
+    )
+    page = Page(render_report(report(IntervalTable(title="s", metric="gain", intervals=intervals))))
+    zeros, dots, lines = (places(page, kind) for kind in ("zero", "dot", "line"))
+    ((zero,),) = {tuple(place) for place in zeros}
+    assert len(zeros) == 4
+    (helps,), (harms,), (alone,) = dots
+    scale = (helps - harms) / 0.4
+    assert alone == pytest.approx(zero + 0.1 * scale, abs=0.05)
+    assert harms < zero < helps
+    assert lines[0] == pytest.approx([zero + 0.2 * scale, 0.3 * scale], abs=0.05)
+    assert lines[1] == pytest.approx([zero - 0.3 * scale, 0.3 * scale], abs=0.05)
+    assert all(0 <= value <= 100 for place in dots + lines + zeros for value in place)
+    words = " ".join(page.text)
+    assert "-0.300 to 0.000" in words
+    assert "–" in words
+
+
+@pytest.mark.parametrize("intervals", [(), (Interval(name="a", value=0.0),), (Interval(name="a", value=math.inf),)])
+def test_intervals_at_the_ends(intervals: tuple[Interval, ...]) -> None:
+    page = Page(render_report(report(IntervalTable(title="s", metric="m", intervals=intervals))))
+    assert all(0 <= value <= 100 for kind in ("zero", "dot") for place in places(page, kind) for value in place)
+
+
+def test_long_texts_are_folded_away() -> None:
+    page = Page(render_report(report(Details(title="s", entries=(("recipe", '{\n  "t": 50\n}'),)))))
+    assert [len(page.all(tag)) for tag in ("details", "summary", "pre")] == [1, 1, 1]
+    assert "open" not in page.all("details")[0]
+    assert '{\n  "t": 50\n}' in page.text

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,9 @@ from featstore.pipelines import show as module
 from featstore.pipelines.extract import extract
 from featstore.pipelines.plan import ExtractConfig
 from featstore.pipelines.reading import BucketConfig, open_bucket
-from featstore.pipelines.show import ShowConfig, attention_panels, pca_of_runs, show
+from featstore.pipelines.show import ShowConfig, show
+from featstore.pipelines.show_panels import attention_panels, pca_of_runs
+from featstore.techniques import SteeringOptions
 
 
 @pytest.fixture
@@ -87,4 +91,60 @@ def test_an_unknown_image_and_missing_features_are_refused(bucket, photos, tmp_p
     with pytest.raises(NotCommittedError, match=r"'05\.png'") as caught:
         show(ShowConfig(bucket=few, keys=("00.png", "05.png"), out=tmp_path / "x.png"))
     assert "featstore extract" in caught.value.hint
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is given to `save_grid`; nothing is drawn."""
+    given = {}
+
+    def save_grid(path, panels, **rest):
+        given.update(panels={panel.title: panel.pictures for panel in panels}, **rest)
+        return path
+
+    monkeypatch.setattr(pictures, "save_grid", save_grid)
+    return given
+
+
+@pytest.fixture
+def steps(labelled, tiny, tmp_path):
+    """A bucket of `basic` and `prompt` at t = 0, 50 and 501 of four images."""
+    dataset, store = f"folder:{labelled}", str(tmp_path / "s.zarr")
+    steering = SteeringOptions(prompt="a horse, high quality")
+    config = {"dataset": dataset, "store": store, "model": "reference", "limit": 4, "device": "cpu"}
+    extract(ExtractConfig(techniques="basic,prompt", timesteps=(0, 50, 501), steering=steering, **config))
+    return BucketConfig(dataset=dataset, techniques="basic,prompt", timesteps=(50, 501), store=store)
+
+
+def test_a_grid_of_techniques_by_timesteps(steps, drawn, tmp_path):
+    show(ShowConfig(bucket=steps, kind="pca", count=2, out=tmp_path / "x.svg"))
+    assert list(drawn["panels"]) == ["input", "t = 50", "t = 501"]
+    keys = [title.rpartition(" ") for title in drawn["row_titles"]]
+    assert [technique for _, _, technique in keys] == ["basic", "prompt"] * 2
+    assert [picture is None for picture in drawn["panels"]["input"]] == [False, True, False, True]
+    assert all(picture.dtype == np.uint8 for picture in drawn["panels"]["t = 501"])
+
+
+def test_every_token_of_every_run(steps, drawn, tmp_path):
+    show(ShowConfig(bucket=steps, kind="attention", count=1, out=tmp_path / "x.png"))
+    titles = list(drawn["panels"])
+    tokens = {run: [t for t in titles if t.startswith(f"{run}: ")] for run in ("basic t50", "basic t501", "prompt t50")}
+    assert 2 <= len(tokens["basic t50"]) == len(tokens["basic t501"]) < len(tokens["prompt t50"])
+    assert not [title for title in titles if title.endswith(": ,")]
+
+
+def test_content_shift_is_nothing_for_the_reference_itself_and_grows(steps, drawn, tmp_path):
+    both = dataclasses.replace(steps, techniques="basic", timesteps=(0, 50, 501))
+    show(ShowConfig(bucket=both, kind="shift", count=2, out=tmp_path / "x.png"))
+    shifts = {title.partition(":")[0]: float(title.partition(": ")[2]) for title in list(drawn["panels"])[1:]}
+    assert shifts["basic t0"] == 0 < shifts["basic t50"] < shifts["basic t501"]
+    darkest = drawn["panels"]["basic t0: 0.00"][0]
+    assert len(np.unique(darkest.reshape(-1, 3), axis=0)) == 1
+
+
+def test_without_features_at_zero_the_command_that_makes_them_is_said(bucket, tmp_path, tiny):
+    with pytest.raises(NotCommittedError, match="t = 0") as caught:
+        show(ShowConfig(bucket=bucket, kind="shift", out=tmp_path / "x.png"))
+    assert "--techniques basic --timesteps 0" in caught.value.hint
     assert not (tmp_path / "x.png").exists()
