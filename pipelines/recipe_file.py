@@ -146,9 +146,9 @@ def parse(name: str, text: str) -> RecipeFile:
         found = value.get(table)
         if not isinstance(found, dict) or not found:
             raise BadRequestError(f"{name}: no [{table}.NAME]", hint="an experiment extracts, and trains heads")
-    extract = {key: _build(Extraction, one, f"{name}: [extract.{key}]") for key, one in value["extract"].items()}
+    extract = {key: build(Extraction, one, f"{name}: [extract.{key}]") for key, one in value["extract"].items()}
     head = {key: _head(one, f"{name}: [head.{key}]", extract) for key, one in value["head"].items()}
-    whole = _build(RecipeFile, {**value, "name": name, "extract": extract, "head": head}, name)
+    whole = build(RecipeFile, {**value, "name": name, "extract": extract, "head": head}, name)
     return whole
 
 
@@ -163,9 +163,9 @@ def _head(value: Any, where: str, extract: Mapping[str, Extraction]) -> HeadTrai
         parts = []
         for number, one in enumerate(value["beside"]):
             renamed = {"source" if key == "from" else key: item for key, item in dict(one).items()}
-            parts.append(_build(Concatenated, renamed, f"{where}: beside {number + 1}"))
+            parts.append(build(Concatenated, renamed, f"{where}: beside {number + 1}"))
         value["beside"] = tuple(parts)
-    head = _build(HeadTraining, value, where)
+    head = build(HeadTraining, value, where)
     for source in (head.source, *(one.source for one in head.beside or ())):
         if source not in extract:
             raise BadRequestError(f"{where}: {unknown_name('extraction', source, extract)}")
@@ -178,7 +178,7 @@ def _head(value: Any, where: str, extract: Mapping[str, Extraction]) -> HeadTrai
     return head
 
 
-def _build(cls: type[T], value: Any, where: str) -> T:
+def build(cls: type[T], value: Any, where: str) -> T:
     """A dataclass from a table, its keys and types checked."""
     if not isinstance(value, dict):
         raise BadRequestError(f"{where} is no table")

@@ -166,18 +166,42 @@ def reproduce(
 
 
 def _extract_config(config: ReproduceConfig, stage: Extraction) -> ExtractConfig:
-    return ExtractConfig(
+    return extract_config(
+        stage,
         dataset=config.recipe.dataset,
-        techniques=stage.techniques,
-        store=config.store,
         model=stage.model or config.recipe.model,
+        store=config.store,
+        limit=config.limit,
+        device=config.device,
+        seed=config.seed,
+        data_root=config.data_root,
+    )
+
+
+def extract_config(
+    stage: Extraction,
+    *,
+    dataset: str,
+    model: str | None,
+    store: str,
+    limit: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    data_root: Path | None = None,
+) -> ExtractConfig:
+    """What ``featstore extract`` is asked for by an extraction of a file, and by what is the same for all of them."""
+    return ExtractConfig(
+        dataset=dataset,
+        techniques=stage.techniques,
+        store=store,
+        model=model,
         timesteps=stage.timesteps,
         layers=stage.layers,
         image_size_px=stage.image_size,
-        limit=config.limit,
+        limit=limit,
         precision=stage.precision,
         reduce=stage.reduce,
-        device=config.device,
+        device=device,
         steering=SteeringOptions(
             prompt=stage.prompt,
             prompt_chunks=stage.prompt_chunks,
@@ -188,8 +212,8 @@ def _extract_config(config: ReproduceConfig, stage: Extraction) -> ExtractConfig
         ),
         denoise_from=stage.denoise_from,
         noise_ensemble=stage.noise_ensemble,
-        seed=config.seed,
-        data_root=config.data_root,
+        seed=seed,
+        data_root=data_root,
     )
 
 
@@ -280,16 +304,25 @@ def _map_layers(plan: Plan) -> str:
 
 
 def _key(training: TrainHeadConfig, plans: Mapping[str, Plan]) -> str:
-    """Digest of all that decides a head: how it is trained, on which runs, of which images with which labels."""
+    runs = sorted({one for plan in plans.values() for one in _fingerprints(plan)})
+    return training_key(training, runs, [len(plan.wanted) for plan in plans.values()])
+
+
+def training_key(training: TrainHeadConfig, runs: Sequence[str], wanted: Sequence[int]) -> str:
+    """Digest of all that decides a head: how it is trained, on which runs, of which images with which labels.
+
+    Args:
+        training: of the head; where its features lie decides nothing.
+        runs: fingerprints.
+        wanted: how many images were asked for, of each extraction.
+    """
     value = dataclasses.asdict(training)
     for place in ("store", "data_root", "cache", "cache_bytes"):
         value["bucket"].pop(place)
     value.pop("out")
     dataset = resolve(training.bucket.dataset, data_root=training.bucket.data_root)
     images = [[sample.key, sample.digest, sample.split] for sample in dataset.samples]
-    runs: Sequence[str] = sorted({one for plan in plans.values() for one in _fingerprints(plan)})
-    wanted = [len(plan.wanted) for plan in plans.values()]
-    return sha256_hex(canonical_json({"training": value, "images": images, "runs": list(runs), "wanted": wanted}))
+    return sha256_hex(canonical_json({"training": value, "images": images, "runs": list(runs), "wanted": list(wanted)}))
 
 
 def _known(folder: Path, key: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from featstore.datasets.base import (
 )
 from featstore.datasets.cifar10 import ENTRY as _CIFAR10
 from featstore.datasets.cityscapes import ENTRY as _CITYSCAPES
+from featstore.datasets.embedded import DEGRADED_ENTRY as _TOYHORSE_DEGRADED
 from featstore.datasets.embedded import ENTRY as _TOYHORSE
 from featstore.datasets.entries import DATA_ROOT_VARIABLE, DATASETS, DatasetEntry, resolve_data_root
 from featstore.datasets.folder import ENTRY as _FOLDER
@@ -48,6 +49,7 @@ __all__ = [
 _FOLDER_PREFIX = "folder:"
 
 DATASETS.register("toyhorse", _TOYHORSE)
+DATASETS.register("toyhorse-degraded", _TOYHORSE_DEGRADED)
 DATASETS.register("folder:PATH", _FOLDER)
 for _name, _entry in _LABEL_SCARCE.items():
     DATASETS.register(_name, _entry)

@@ -1,7 +1,8 @@
-"""toyhorse as a data set: 160 rendered pictures, in order train, val, test."""
+"""toyhorse as a data set: 160 rendered pictures, in order train, val, test; and copies of them of low quality."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import PIL
+from typing_extensions import override
 
 from featstore import cache
 from featstore.datasets.base import Dataset, DatasetInfo, Keypoints, Sample, UInt8Array
 from featstore.datasets.entries import DatasetEntry
-from featstore.datasets.toyhorse import CLASSES, IMAGE_SIZE_PX, KEYPOINTS, SPLITS, Picture, render_split
+from featstore.datasets.toyhorse import CLASSES, IMAGE_SIZE_PX, KEYPOINTS, SPLITS, Picture, degrade, render_split
 from featstore.datasets.toyhorse.labels import RARE_COATS
 from featstore.errors import BadRequestError
 
@@ -35,6 +37,12 @@ INFO = DatasetInfo(
     label_size_px=IMAGE_SIZE_PX,
     source="rendered by featstore itself from a fixed seed; nothing is downloaded",
 )
+DEGRADED_INFO = dataclasses.replace(
+    INFO,
+    name="toyhorse-degraded",
+    title="Toyhorse with its pictures spoilt: blocks, blur and strong noise (embedded)",
+)
+_DEGRADE_TAG, _LOW_QUALITY = 0xBAD, 2
 _KEYS = tuple((split, f"{split}-{number:03d}") for split, indices in SPLITS.items() for number in range(len(indices)))
 _INDEX_OF = {key: index for index, (_, key) in enumerate(_KEYS)}
 
@@ -54,6 +62,9 @@ def _renderer_identity() -> str | None:
 class ToyHorse(Dataset):
     """The embedded data set: uint8 (64, 64, 3) pictures, rendered when first asked for and kept."""
 
+    _INFO = INFO
+    _VARIANT = ""
+
     def __init__(self) -> None:
         self._pictures: dict[int, Picture] = {}
         self._lock = threading.Lock()
@@ -63,7 +74,7 @@ class ToyHorse(Dataset):
     @property
     def info(self) -> DatasetInfo:
         """The fixed facts of the set."""
-        return INFO
+        return self._INFO
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -124,19 +135,23 @@ class ToyHorse(Dataset):
     def _picture(self, index: int) -> Picture:
         # Rendering is deterministic, so two threads at worst draw the same picture twice.
         if index not in self._pictures:
-            self._pictures[index] = render_split(index)
+            self._pictures[index] = self._render(index)
         return self._pictures[index]
+
+    def _render(self, index: int) -> Picture:
+        return render_split(index)
 
     def _load_facts(self) -> dict[str, Any]:
         """Digests of all pictures and captions: from the cache, else by rendering everything once."""
         with self._lock:
             if self._facts is None:
-                identity = _renderer_identity()
-                facts = cache.load("toyhorse", identity) if identity else None
+                renderer = _renderer_identity()
+                identity = renderer and renderer + self._VARIANT
+                facts = cache.load(self._INFO.name, identity) if identity else None
                 if not isinstance(facts, dict) or facts.keys() != {"digests", "captions"}:
                     facts = self._find_facts()
                     if identity:
-                        cache.save("toyhorse", identity, facts)
+                        cache.save(self._INFO.name, identity, facts)
                 self._facts = facts
             return self._facts
 
@@ -149,8 +164,26 @@ class ToyHorse(Dataset):
         }
 
 
+class DegradedToyHorse(ToyHorse):
+    """The same pictures as `ToyHorse`, as spoilt as the model's words of low quality promise; same keys and labels."""
+
+    _INFO = DEGRADED_INFO
+    _VARIANT = f" degraded {_DEGRADE_TAG} {_LOW_QUALITY}"
+
+    @override
+    def _render(self, index: int) -> Picture:
+        picture = super()._render(index)
+        rng = np.random.default_rng(np.random.SeedSequence([_DEGRADE_TAG, index]))
+        return dataclasses.replace(picture, image=degrade(picture.image, rng, _LOW_QUALITY))
+
+
 def _open(_where: Path | None) -> ToyHorse:
     return ToyHorse()
 
 
+def _open_degraded(_where: Path | None) -> ToyHorse:
+    return DegradedToyHorse()
+
+
 ENTRY = DatasetEntry(title=INFO.title, how_to_get="nothing to get: it is rendered on the spot", opener=_open)
+DEGRADED_ENTRY = DatasetEntry(title=DEGRADED_INFO.title, how_to_get=ENTRY.how_to_get, opener=_open_degraded)

@@ -30,15 +30,20 @@ NOT_RUN = {
     "featstore demo": "takes minutes; tests/pipelines/test_demo.py runs it in small",
     "featstore bench": "takes minutes; tests/benchmarks runs it in small",
     "featstore datasets fetch cifar10": "downloads 170 MB; tests/cli/test_fetch.py runs it in small",
+    "featstore browse": "runs until it is stopped; tests/pipelines/test_browse_chromium.py runs it",
     "featstore serve": "runs until it is stopped; tests/cli/test_serve.py runs it",
     "featstore convert-ddpm": "needs a checkpoint of 2 GB; tests/cli/test_convert_ddpm.py runs it in small",
     "python -m featstore.pipelines.train_reference": "takes hours; tests/pipelines/reference runs it in small",
+    "python -m featstore.pipelines.experiment.findings": "takes most of an hour; "
+    "tests/pipelines/test_experiment_findings.py runs it in small",
     "python -m featstore.pipelines.reference.compare": "takes minutes; tests/pipelines/reference runs it in small",
 }
 """Beginnings of commands that are not run here, with the reason."""
 SHORTER = {
+    "gate": ("--limit", "2", "--steps", "4"),
     "train-head": ("--max-steps", "20"),
     "reproduce": ("--max-steps", "5", "--splits", "1", "--ensemble", "2"),
+    "experiment": ("--max-steps", "5", "--splits", "1", "--ensemble", "2"),
 }
 """Options that keep a command short; all else is run as it is written."""
 

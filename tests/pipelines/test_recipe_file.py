@@ -132,4 +132,4 @@ def test_no_figure_of_the_paper_is_missing_its_source():
 def test_the_files_are_part_of_the_package():
     root = Path(recipe_file.__file__).resolve().parents[1]
     packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert packaged["featstore.pipelines"] == ["recipes/*.toml"]
+    assert "recipes/*.toml" in packaged["featstore.pipelines"]
