@@ -15,6 +15,10 @@ from featstore.cli.options import (
     DebugOption,
     DeviceOption,
     JsonOption,
+    QuickEnsembleOption,
+    QuickLimitOption,
+    QuickMaxStepsOption,
+    QuickSplitsOption,
     SeedOption,
     StoreOption,
 )
@@ -39,18 +43,10 @@ def experiment(
         list[str] | None, typer.Option("--only", metavar="NAME", help="Only this setting; may be given again.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
-    splits: Annotated[
-        int | None, typer.Option("--splits", metavar="N", min=1, help="Splits of every head, for quick looks.")
-    ] = None,
-    ensemble: Annotated[
-        int | None, typer.Option("--ensemble", metavar="N", min=1, help="Members of every head, for quick looks.")
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps at most, for quick looks.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N images, for quick looks.")
-    ] = None,
+    splits: QuickSplitsOption = None,
+    ensemble: QuickEnsembleOption = None,
+    max_steps: QuickMaxStepsOption = None,
+    limit: QuickLimitOption = None,
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=1, help="Processes that train settings side by side.")
     ] = 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,15 +10,22 @@ from rich.console import Console
 from featstore.cli import console
 from featstore.cli.options import (
     DEFAULT_STORE,
+    AllowPickleOption,
+    CaptionsOption,
+    ControlnetScaleOption,
     DataRootOption,
     DatasetNameOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
+    GuidanceScaleOption,
     ImageSizeOption,
+    IpAdapterScaleOption,
     JsonOption,
     LayersOption,
+    LoraScaleOption,
     ModelOption,
+    PromptOption,
     SeedOption,
     StoreOption,
     TechniquesOption,
@@ -44,13 +50,8 @@ def extract(
     image_size: ImageSizeOption = None,
     split: Annotated[str | None, typer.Option("--split", metavar="S", help="Only this split's images.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Only the first N images.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Replaces the data set's fixed detailed text.")
-    ] = None,
-    captions: Annotated[
-        Path | None,
-        typer.Option("--captions", metavar="FILE", help="File of texts an image, for `prompt:caption`."),
-    ] = None,
+    prompt: PromptOption = None,
+    captions: CaptionsOption = None,
     prompt_chunks: Annotated[
         int,
         typer.Option(
@@ -59,16 +60,10 @@ def extract(
             help="Encode texts in N chunks of 75 tokens each; cross-attention maps have N times the channels.",
         ),
     ] = 1,
-    controlnet_scale: Annotated[
-        float, typer.Option("--controlnet-scale", metavar="X", help="Factor on what ControlNets add.")
-    ] = 1.0,
-    lora_scale: Annotated[float, typer.Option("--lora-scale", metavar="X", help="Factor on what LoRAs add.")] = 1.0,
-    ip_adapter_scale: Annotated[
-        float, typer.Option("--ip-adapter-scale", metavar="X", help="Factor on what IP-Adapters add.")
-    ] = 1.0,
-    guidance_scale: Annotated[
-        float, typer.Option("--guidance-scale", metavar="X", help="Scale of classifier-free guidance, for `cfg`.")
-    ] = 7.5,
+    controlnet_scale: ControlnetScaleOption = 1.0,
+    lora_scale: LoraScaleOption = 1.0,
+    ip_adapter_scale: IpAdapterScaleOption = 1.0,
+    guidance_scale: GuidanceScaleOption = 7.5,
     denoise_from: Annotated[
         int | None,
         typer.Option("--denoise-from", metavar="T", help="Noise to this timestep, denoise from there to --timesteps."),
@@ -76,9 +71,7 @@ def extract(
     noise_ensemble: Annotated[
         int, typer.Option("--noise-ensemble", metavar="N", help="Average the features over N draws of the noise.")
     ] = 1,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read weights from pickles too, which can run code.")
-    ] = False,
+    allow_pickle: AllowPickleOption = False,
     precision: Annotated[
         str,
         typer.Option(

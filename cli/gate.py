@@ -10,16 +10,23 @@ import typer
 from featstore.cli import console
 from featstore.cli.options import (
     DEFAULT_STORE,
+    AllowPickleOption,
     AnyStoreOption,
+    CaptionsOption,
+    ControlnetScaleOption,
     DataRootOption,
     DatasetNameOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
+    GuidanceScaleOption,
     ImageSizeOption,
+    IpAdapterScaleOption,
     JsonOption,
     LayersOption,
+    LoraScaleOption,
     ModelOption,
+    PromptOption,
     SeedOption,
     TechniquesOption,
     TimestepsOption,
@@ -55,26 +62,13 @@ def gate(
     steps: Annotated[
         int, typer.Option("--steps", metavar="N", help="Img2Img's steps of a whole schedule, of which it takes X.")
     ] = 20,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Replaces the data set's fixed detailed text.")
-    ] = None,
-    captions: Annotated[
-        Path | None,
-        typer.Option("--captions", metavar="FILE", help="File of texts an image, for `prompt:caption`."),
-    ] = None,
-    controlnet_scale: Annotated[
-        float, typer.Option("--controlnet-scale", metavar="X", help="Factor on what ControlNets add.")
-    ] = 1.0,
-    lora_scale: Annotated[float, typer.Option("--lora-scale", metavar="X", help="Factor on what LoRAs add.")] = 1.0,
-    ip_adapter_scale: Annotated[
-        float, typer.Option("--ip-adapter-scale", metavar="X", help="Factor on what IP-Adapters add.")
-    ] = 1.0,
-    guidance_scale: Annotated[
-        float, typer.Option("--guidance-scale", metavar="X", help="Scale of classifier-free guidance, for `cfg`.")
-    ] = 7.5,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read weights from pickles too, which can run code.")
-    ] = False,
+    prompt: PromptOption = None,
+    captions: CaptionsOption = None,
+    controlnet_scale: ControlnetScaleOption = 1.0,
+    lora_scale: LoraScaleOption = 1.0,
+    ip_adapter_scale: IpAdapterScaleOption = 1.0,
+    guidance_scale: GuidanceScaleOption = 7.5,
+    allow_pickle: AllowPickleOption = False,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="Folder of gate.json and gate.png, a grid of what Img2Img made."),

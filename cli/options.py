@@ -92,6 +92,39 @@ ImageSizeOption = Annotated[
     typer.Option("--image-size", metavar="PX", help="Side of the model's input, or HEIGHTxWIDTH, e.g. 512x768."),
 ]
 
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Replaces the data set's fixed detailed text.")
+]
+CaptionsOption = Annotated[
+    Path | None,
+    typer.Option("--captions", metavar="FILE", help="File of texts an image, for `prompt:caption`."),
+]
+ControlnetScaleOption = Annotated[
+    float, typer.Option("--controlnet-scale", metavar="X", help="Factor on what ControlNets add.")
+]
+LoraScaleOption = Annotated[float, typer.Option("--lora-scale", metavar="X", help="Factor on what LoRAs add.")]
+IpAdapterScaleOption = Annotated[
+    float, typer.Option("--ip-adapter-scale", metavar="X", help="Factor on what IP-Adapters add.")
+]
+GuidanceScaleOption = Annotated[
+    float, typer.Option("--guidance-scale", metavar="X", help="Scale of classifier-free guidance, for `cfg`.")
+]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read weights from pickles too, which can run code.")
+]
+QuickSplitsOption = Annotated[
+    int | None, typer.Option("--splits", metavar="N", min=1, help="Splits of every head, for quick looks.")
+]
+QuickEnsembleOption = Annotated[
+    int | None, typer.Option("--ensemble", metavar="N", min=1, help="Members of every head, for quick looks.")
+]
+QuickMaxStepsOption = Annotated[
+    int | None, typer.Option("--max-steps", metavar="N", min=1, help="Steps at most, for quick looks.")
+]
+QuickLimitOption = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N images, for quick looks.")
+]
+
 DEFAULT_STORE = "features.zarr"
 DEFAULT_CACHE_BYTES = "50GB"
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kmgt])(i?))?b?", re.IGNORECASE)

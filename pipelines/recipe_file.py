@@ -26,7 +26,7 @@ import importlib.resources
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,16 +120,30 @@ def load(name: str) -> RecipeFile:
     Raises:
         BadRequestError: for an unknown name, and whatever is wrong in a file, with the place.
     """
-    if name in names():
-        text = (importlib.resources.files("featstore.pipelines") / "recipes" / f"{name}{_SUFFIX}").read_text("utf-8")
-        return parse(name, text)
+    return parse(*named_text(name, "recipes", names()))
+
+
+def named_text(name: str, folder: str, known: Sequence[str]) -> tuple[str, str]:
+    """Name and text of a TOML file that comes along, or of one's own.
+
+    Args:
+        name: one of ``known``, or the path of a file.
+        folder: where those that come along lie, in this package.
+        known: their names.
+
+    Raises:
+        BadRequestError: for an unknown name, or a file that cannot be read.
+    """
+    if name in known:
+        place = importlib.resources.files("featstore.pipelines") / folder / f"{name}{_SUFFIX}"
+        return name, place.read_text("utf-8")
     path = Path(name)
     if path.suffix != _SUFFIX:
-        raise unknown_name("experiment", name, names())
+        raise unknown_name("experiment", name, known)
     try:
-        return parse(path.stem, path.read_text("utf-8"))
+        return path.stem, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"cannot read {name}: {error}", hint=f"known by name: {', '.join(names())}") from error
+        raise BadRequestError(f"cannot read {name}: {error}", hint=f"known by name: {', '.join(known)}") from error
 
 
 def parse(name: str, text: str) -> RecipeFile:

@@ -33,12 +33,11 @@ import importlib.resources
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from featstore.errors import BadRequestError, unknown_name
 from featstore.pipelines.experiment.settings import SETTING, Comparison, Correlation, ExperimentFile, Setting
-from featstore.pipelines.recipe_file import Extraction, HeadTraining, build
+from featstore.pipelines.recipe_file import Extraction, HeadTraining, build, named_text
 from featstore.pipelines.tasks import TASKS
 
 _SUFFIX = ".toml"
@@ -61,16 +60,7 @@ def load(name: str) -> ExperimentFile:
     Raises:
         BadRequestError: for an unknown name, and whatever is wrong in a file, with the place.
     """
-    if name in names():
-        folder = importlib.resources.files("featstore.pipelines") / "experiments"
-        return parse(name, (folder / f"{name}{_SUFFIX}").read_text("utf-8"))
-    path = Path(name)
-    if path.suffix != _SUFFIX:
-        raise unknown_name("experiment", name, names())
-    try:
-        return parse(path.stem, path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"cannot read {name}: {error}", hint=f"known by name: {', '.join(names())}") from error
+    return parse(*named_text(name, "experiments", names()))
 
 
 def parse(name: str, text: str) -> ExperimentFile:

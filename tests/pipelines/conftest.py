@@ -9,6 +9,9 @@ from PIL import Image
 import featstore.models
 from featstore.errors import NotFoundError
 from featstore.pipelines.plan import ExtractConfig
+from tests.chromium import visit
+
+__all__ = ["visit"]
 
 
 @pytest.fixture

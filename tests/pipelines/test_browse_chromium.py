@@ -12,7 +12,7 @@ import featstore.store
 from featstore.pipelines.browse.shelf import Shelf
 from featstore.pipelines.extract import extract
 from featstore.pipelines.plan import ExtractConfig
-from tests.chromium import PHONE, visit  # noqa: F401 - a fixture
+from tests.chromium import PHONE
 
 NASTY = "00 <img src=x onerror=alert(1)>$$x$$.png"
 FOUND = re.compile(r"Point x (\d+), y (\d+) of (\S+) is found in (\S+) at")
@@ -59,7 +59,7 @@ def choose(page, label, key):
     page.wait_for_timeout(1000)
 
 
-def test_pick_click_and_see_the_match(visit, serving, features, labelled):  # noqa: F811
+def test_pick_click_and_see_the_match(visit, serving, features, labelled):
     url = serving("--store", features, "--dataset", f"folder:{labelled}")
     seen = visit(url)
     page = seen.page
@@ -89,7 +89,7 @@ def test_pick_click_and_see_the_match(visit, serving, features, labelled):  # no
     assert [one for one in seen.requests if not one.startswith(url)] == []
 
 
-def test_it_fits_a_phone(visit, serving, features):  # noqa: F811
+def test_it_fits_a_phone(visit, serving, features):
     seen = visit(serving("--store", features), size=PHONE)
     seen.page.wait_for_selector(".bk-Figure")
     assert seen.overflow_px() == 0
@@ -97,7 +97,7 @@ def test_it_fits_a_phone(visit, serving, features):  # noqa: F811
 
 
 @pytest.mark.usefixtures("tiny")
-def test_hostile_names_are_shown_as_text(visit, serving, photos, tmp_path):  # noqa: F811
+def test_hostile_names_are_shown_as_text(visit, serving, photos, tmp_path):
     (photos / "00.png").rename(photos / NASTY)
     config = {"dataset": f"folder:{photos}", "store": str(tmp_path / "s.zarr"), "model": "reference", "device": "cpu"}
     extract(ExtractConfig(techniques="basic", limit=3, **config))

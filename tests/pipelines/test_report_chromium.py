@@ -20,7 +20,7 @@ from featstore.pictures import (
     write_report,
 )
 from featstore.pipelines.report import ReportConfig, make_report
-from tests.chromium import DESKTOP, PHONE, visit  # noqa: F401 - a fixture
+from tests.chromium import DESKTOP, PHONE
 
 LONG = "controlnet:./a/very/long/path/to/some/folder/of/weights+lora:./another/quite/long/name.safetensors"
 NASTY = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -48,7 +48,7 @@ def everything() -> Report:
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_opens_offline_fits_the_screen_and_is_quiet(visit, tmp_path, size, dark):  # noqa: F811
+def test_it_opens_offline_fits_the_screen_and_is_quiet(visit, tmp_path, size, dark):
     path = write_report(tmp_path / "report.html", everything())
     seen = visit(path.as_uri(), size=size, offline=True, dark=dark)
     seen.page.locator("summary").first.click()
@@ -64,7 +64,7 @@ def test_it_opens_offline_fits_the_screen_and_is_quiet(visit, tmp_path, size, da
     assert light < 100 if dark else light > 600
 
 
-def test_wide_tables_scroll_by_themselves(visit, tmp_path):  # noqa: F811
+def test_wide_tables_scroll_by_themselves(visit, tmp_path):
     seen = visit(write_report(tmp_path / "report.html", everything()).as_uri(), size=PHONE)
     wide = seen.page.locator(".wide").first
     assert wide.evaluate("one => one.scrollWidth > one.clientWidth")
@@ -72,7 +72,7 @@ def test_wide_tables_scroll_by_themselves(visit, tmp_path):  # noqa: F811
     assert wide.evaluate("one => one.scrollLeft") == 200
 
 
-def test_a_report_of_a_store(visit, features, tmp_path):  # noqa: F811
+def test_a_report_of_a_store(visit, features, tmp_path):
     result = make_report(ReportConfig(store=str(features), out=tmp_path / "report.html"))
     seen = visit(result.path.as_uri(), size=PHONE, offline=True)
     assert seen.overflow_px() == 0
