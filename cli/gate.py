@@ -149,7 +149,8 @@ def _print(report: GateReport) -> None:
         row = [
             _name(one, several=several),
             f"{one.score.mean:.3f}",
-            _signed(one.score_difference.mean, one.score_difference.ci95),
+            f"{one.pattern_score.mean:.3f}",
+            _signed(one.pattern_difference.mean, one.pattern_difference.ci95),
         ]
         if measures:
             row += [f"{one.measures[name]:.{1 if name == 'psnr_db' else 3}f}" for name in measures]
@@ -157,7 +158,7 @@ def _print(report: GateReport) -> None:
             row.append(_signed(one.closeness.mean, one.closeness.ci95))
         row += [f"{1000 * one.seconds_per_pass:.0f}", console.human_bytes(one.bytes_per_image), one.verdict.value]
         rows.append(row)
-    head = ["technique", "score", "to basic", *(names.get(name, name) for name in measures)]
+    head = ["technique", "score", "pattern", "to basic", *(names.get(name, name) for name in measures)]
     head += ["closer by"] if judged[0].closeness is not None else []
     head += ["ms a pass", "an image", "verdict"]
     title = f"{plan.extract.dataset_name}, {len(report.images)} images, anchor {plan.anchor[0]}@{plan.anchor[1]}"

@@ -8,6 +8,7 @@ B images, C channels, H W map height and width, both 3 or more. Everything is fl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,22 @@ import numpy.typing as npt
 from featstore.errors import BadRequestError
 
 Float64Array = npt.NDArray[np.float64]
+
+LEAST_SIDE = 3
+"""Side of the smallest map that has a Laplacian."""
+_TELLING_SIDE = 8
+"""Side from which maps are judged by default: one of 4 x 4 has four positions, which say nothing of a pattern."""
+
+
+def telling_layers(shapes: Mapping[str, tuple[int, int, int]]) -> list[str]:
+    """Layers whose maps are large enough to be judged: of 8 a side and more, or the largest where none is.
+
+    Args:
+        shapes: (C, H, W) by layer.
+    """
+    sides = {name: min(height, width) for name, (_, height, width) in shapes.items()}
+    least = min(_TELLING_SIDE, max(sides.values(), default=0))
+    return [name for name, side in sides.items() if side >= max(least, LEAST_SIDE)]
 
 
 def laplacian_norm(maps: npt.NDArray[Any]) -> Float64Array:
@@ -42,25 +59,33 @@ def laplacian_norm(maps: npt.NDArray[Any]) -> Float64Array:
     return np.sqrt(squares)
 
 
-def shift_map(reference: npt.NDArray[Any], maps: npt.NDArray[Any]) -> Float64Array:
+def shift_map(reference: npt.NDArray[Any], maps: npt.NDArray[Any], *, pattern: bool = False) -> Float64Array:
     """Where features differ from the reference, 0 or more.
 
     Args:
         reference: (B, C, H, W) at t = 0.
         maps: (B, C, H, W) of the same layer and images.
+        pattern: divide the Laplacian's norms by their mean over positions, image by image and on both sides.
 
     Returns:
         (B, H - 2, W - 2).
     """
     if reference.shape != maps.shape:
         raise BadRequestError(f"features {maps.shape} have another shape than their reference {reference.shape}")
-    return np.abs(laplacian_norm(reference) - laplacian_norm(maps))
+    one, other = laplacian_norm(reference), laplacian_norm(maps)
+    return np.abs(_pattern(one) - _pattern(other)) if pattern else np.abs(one - other)
 
 
-def shift(reference: npt.NDArray[Any], maps: npt.NDArray[Any]) -> Float64Array:
-    """Sum of `shift_map` over positions, (B,): the paper's ``diff``."""
-    total: Float64Array = shift_map(reference, maps).sum((1, 2))
+def shift(reference: npt.NDArray[Any], maps: npt.NDArray[Any], *, pattern: bool = False) -> Float64Array:
+    """Sum of `shift_map` over positions, (B,): the paper's ``diff``, or that of patterns."""
+    total: Float64Array = shift_map(reference, maps, pattern=pattern).sum((1, 2))
     return total
+
+
+def _pattern(norms: Float64Array) -> Float64Array:
+    """Norms (B, H, W) in units of their mean; a map that changes nowhere stays zero."""
+    means = norms.mean((1, 2), keepdims=True)
+    return norms / np.where(means > 0, means, 1.0)
 
 
 def score(diff: npt.NDArray[Any], anchor: npt.NDArray[Any]) -> Float64Array:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featstore.content_shift import laplacian_norm, score, shift, shift_map
+from featstore.content_shift import laplacian_norm, score, shift, shift_map, telling_layers
 from featstore.errors import BadRequestError
 
 KERNEL = [[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]
@@ -78,6 +78,37 @@ def test_the_order_of_channels_does_not_matter():
     assert np.abs(before - after).max() < 1e-12
     all_permuted = score(shift(reference[:, order], values[:, order]), shift(reference[:, order], anchor[:, order]))
     assert np.abs(before - all_permuted).max() < 1e-12
+
+
+def test_a_pattern_does_not_depend_on_how_large_activations_are():
+    reference, values = maps(0), maps(1)
+    assert shift(reference, 4 * reference, pattern=True) == pytest.approx(np.zeros(3), abs=1e-9)
+    assert (shift(reference, 4 * reference) > 1).all()
+    scale = np.array([0.5, 2.0, 32.0], np.float32)[:, None, None, None]
+    assert shift(reference, scale * values, pattern=True) == pytest.approx(shift(reference, values, pattern=True))
+    norms = [laplacian_norm(one) for one in (reference, values)]
+    by_hand = [abs(one / one.mean() - other / other.mean()).sum() for one, other in zip(*norms, strict=True)]
+    assert shift(reference, values, pattern=True) == pytest.approx(by_hand)
+    assert not shift_map(0 * reference, 0 * reference, pattern=True).any()
+
+
+def test_the_pattern_falls_with_blur_and_not_with_the_order_of_channels():
+    reference, anchor = maps(0, (3, 5, 24, 24)), maps(1, (3, 5, 24, 24))
+    away = shift(reference, anchor, pattern=True)
+    scores = [score(shift(reference, blurred(reference, r), pattern=True), away) for r in (0.01, 0.5, 1.0)]
+    assert scores[0] == pytest.approx(np.ones(3))
+    for less, more in itertools.pairwise(scores):
+        assert (more < less).all()
+    order = [3, 0, 4, 2, 1]
+    permuted = shift(reference, anchor[:, order], pattern=True)
+    assert permuted == pytest.approx(away)
+
+
+def test_small_maps_are_judged_only_where_there_are_no_larger_ones():
+    shapes = {"a": (9, 4, 4), "b": (9, 8, 12), "c": (9, 16, 16), "d": (9, 2, 20)}
+    assert telling_layers(shapes) == ["b", "c"]
+    assert telling_layers({name: shapes[name] for name in "ad"}) == ["a"]
+    assert telling_layers({"d": shapes["d"]}) == telling_layers({}) == []
 
 
 def test_an_anchor_without_shift_is_an_error_that_says_what_to_do():

@@ -90,7 +90,10 @@ def _correlation_tables(found: Correlated) -> list[str]:
     rows = [
         (
             row.setting,
-            *(f"{value:+.3f}" for value in (row.score, row.score_gain, row.own_score)),
+            *(
+                f"{value:+.3f}"
+                for value in (row.score, row.score_gain, row.own_score, row.pattern_score, row.pattern_gain)
+            ),
             f"{100 * row.value:.2f}",
             f"{100 * row.gain:+.2f}",
         )
@@ -101,7 +104,19 @@ def _correlation_tables(found: Correlated) -> list[str]:
         for name, one in found.found.items()
     ]
     return [
-        _table(("setting", "score", "gain in score", "own score", f"{found.metric} %", "gain in points"), rows),
+        _table(
+            (
+                "setting",
+                "score",
+                "gain in score",
+                "own score",
+                "score of patterns",
+                "gain in it",
+                f"{found.metric} %",
+                "gain in points",
+            ),
+            rows,
+        ),
         _table(("Spearman's coefficient of", "rho", "p", "settings"), pairs),
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from featstore.errors import NotCommittedError
 from featstore.pictures.files import publish
-from featstore.pipelines.experiment.config import ExperimentConfig, ExperimentPlan, PlannedSetting, Scores
+from featstore.pipelines.experiment.config import ExperimentConfig, ExperimentPlan, PlannedSetting, ScoredRuns, Scores
 from featstore.pipelines.experiment.content import content_score
 from featstore.pipelines.experiment.planning import make_experiment_plan
 from featstore.pipelines.experiment.statistics import Difference, RankCorrelation, paired, rank_correlation
@@ -82,6 +82,10 @@ class ScoredSetting:
     activations changes features where no content can shift, which counts in ``score`` and not here."""
     score_gain: float
     """The score above that of ``over``."""
+    pattern_score: float
+    """The score of patterns, in which it does not count how large activations are."""
+    pattern_gain: float
+    """The same above that of ``over``."""
     value: float
     """Mean of the metric."""
     gain: float
@@ -247,15 +251,15 @@ def _correlate(plan: ExperimentPlan, outcomes: list[Outcome], progress: Progress
         return None
     scored = {one.planned.setting.name: one for one in outcomes}
     metric = asked.metric or TASKS[scored[plan.scored[0].setting].planned.training.task].metrics[0]
-    plain: dict[str, float] = {}
+    plain: dict[str, tuple[float, float]] = {}
     rows = []
     progress.start("content-shift scores", len(plan.scored), "settings")
     try:
         for one in plan.scored:
             if one.over not in plain:
                 over = dataclasses.replace(one, run=scored[one.over].planned.training.bucket)
-                plain[one.over] = content_score(over.run, over.reference, over.anchor)
-            score = content_score(one.run, one.reference, one.anchor)
+                plain[one.over] = _scores(over)
+            score, pattern = _scores(one)
             own_score = content_score(one.run, one.reference, one.anchor, origin=one.origin)
             value, base = (scored[name].scores.metrics[metric].mean for name in (one.setting, one.over))
             rows.append(
@@ -264,7 +268,9 @@ def _correlate(plan: ExperimentPlan, outcomes: list[Outcome], progress: Progress
                     over=one.over,
                     score=score,
                     own_score=own_score,
-                    score_gain=score - plain[one.over],
+                    score_gain=score - plain[one.over][0],
+                    pattern_score=pattern,
+                    pattern_gain=pattern - plain[one.over][1],
                     value=value,
                     gain=value - base,
                 )
@@ -276,6 +282,8 @@ def _correlate(plan: ExperimentPlan, outcomes: list[Outcome], progress: Progress
         "score": lambda row: row.score,
         "gain in score": lambda row: row.score_gain,
         "own score": lambda row: row.own_score,
+        "score of patterns": lambda row: row.pattern_score,
+        "gain in score of patterns": lambda row: row.pattern_gain,
     }
     gains = [row.gain for row in rows]
     found = {
@@ -284,3 +292,9 @@ def _correlate(plan: ExperimentPlan, outcomes: list[Outcome], progress: Progress
     }
     found[f"score and {metric}"] = rank_correlation([row.score for row in rows], [row.value for row in rows])
     return Correlated(metric=metric, rows=tuple(rows), found=found)
+
+
+def _scores(one: ScoredRuns) -> tuple[float, float]:
+    """The paper's score of a setting's features, and that of patterns."""
+    whole, pattern = (content_score(one.run, one.reference, one.anchor, pattern=kind) for kind in (False, True))
+    return whole, pattern

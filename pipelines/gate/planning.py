@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 import featstore.techniques
+from featstore.content_shift import LEAST_SIDE, telling_layers
 from featstore.datasets import Sample
 from featstore.errors import BadRequestError
 from featstore.pipelines.gate.config import MIN_IMAGES, GateConfig
@@ -17,7 +18,6 @@ from featstore.techniques import Part, Technique
 
 _NO_STORE = "memory://gate"
 _ATTENTION_PREFIX = "attn-"
-_LEAST_SIDE = 3
 """Height and width of a map at least: a Laplacian has no inner position below."""
 
 
@@ -118,16 +118,16 @@ def _spaced(wanted: tuple[int, ...], count: int) -> list[int]:
 
 
 def _layers(shapes: Mapping[str, tuple[int, int, int]], *, asked: str | None) -> tuple[str, ...]:
-    small = [name for name, (_, height, width) in shapes.items() if min(height, width) < _LEAST_SIDE]
-    if asked is not None and small:
-        raise BadRequestError(
-            f"layer {small[0]!r} has maps of {shapes[small[0]][1]} x {shapes[small[0]][2]}, and a Laplacian needs "
-            f"{_LEAST_SIDE} x {_LEAST_SIDE}",
-            hint="a larger --image-size makes them larger, or leave it out of --layers",
-        )
-    chosen = [
-        name for name in shapes if name not in small and (asked is not None or not name.startswith(_ATTENTION_PREFIX))
-    ]
-    if not chosen:
-        raise BadRequestError("none of the model's default layers can be judged", hint="name some: --layers full")
-    return tuple(chosen)
+    if asked is None:
+        kept = {name: shape for name, shape in shapes.items() if not name.startswith(_ATTENTION_PREFIX)}
+        chosen = telling_layers(kept)
+        if not chosen:
+            raise BadRequestError("none of the model's default layers can be judged", hint="name some: --layers full")
+        return tuple(chosen)
+    for name, (_, height, width) in shapes.items():
+        if min(height, width) < LEAST_SIDE:
+            raise BadRequestError(
+                f"layer {name!r} has maps of {height} x {width}, and a Laplacian needs {LEAST_SIDE} x {LEAST_SIDE}",
+                hint="a larger --image-size makes them larger, or leave it out of --layers",
+            )
+    return tuple(shapes)

@@ -39,7 +39,9 @@ class Scores:
     """What the features say."""
 
     layers: Mapping[Key, Mapping[str, Float64Array]]
-    """Score of each layer, (n,)."""
+    """The paper's score of each layer, (n,)."""
+    patterns: Mapping[Key, Mapping[str, Float64Array]]
+    """The score of patterns of each layer, (n,)."""
     seconds_per_pass: Mapping[str, float]
     """Of one image under each technique: of its fastest batch, without the loading."""
     good: npt.NDArray[np.bool_]
@@ -49,8 +51,16 @@ class Scores:
 
     def of(self, key: Key) -> Float64Array:
         """Mean of the layers' scores, (n,): every layer counts the same, whatever its size."""
-        mean: Float64Array = np.mean(list(self.layers[key].values()), axis=0)
-        return mean
+        return _mean(self.layers[key])
+
+    def pattern_of(self, key: Key) -> Float64Array:
+        """The same of patterns."""
+        return _mean(self.patterns[key])
+
+
+def _mean(layers: Mapping[str, Float64Array]) -> Float64Array:
+    mean: Float64Array = np.mean(list(layers.values()), axis=0)
+    return mean
 
 
 def batch_size_of(plan: GatePlan, images: int) -> int:
@@ -99,7 +109,7 @@ class _Judge:
 
     def __init__(self, plan: GatePlan, extractor: Extractor, images: Images, names: list[str]) -> None:
         self._plan, self._extractor, self._images, self._names = plan, extractor, images, names
-        self._shifts: dict[Key, dict[str, list[Float64Array]]] = {}
+        self._shifts: dict[bool, dict[Key, dict[str, list[Float64Array]]]] = {False: {}, True: {}}
         self._seconds: dict[str, float] = {}
         self._failed: dict[str, str] = {}
 
@@ -110,9 +120,11 @@ class _Judge:
         for key in keys:
             maps = self._maps(key, rows, latents)
             reference = reference or maps
-            layers = self._shifts.setdefault(key, {})
-            for layer, values in maps.items():
-                layers.setdefault(layer, []).append(content_shift.shift(reference[layer], values))
+            for pattern, shifts in self._shifts.items():
+                layers = shifts.setdefault(key, {})
+                for layer, values in maps.items():
+                    diff = content_shift.shift(reference[layer], values, pattern=pattern)
+                    layers.setdefault(layer, []).append(diff)
             progress.advance(len(latents))
 
     def _maps(self, key: Key, rows: slice, latents: torch.Tensor) -> dict[str, npt.NDArray[np.float32]]:
@@ -142,18 +154,24 @@ class _Judge:
         """Everything against the anchor."""
         good = np.array([key not in self._failed for key in self._images.keys])
         require(int(good.sum()), self._failed)
-        whole = {
-            key: {layer: np.concatenate(parts)[good] for layer, parts in layers.items()}
-            for key, layers in self._shifts.items()
-        }
-        anchors = whole[self._plan.anchor]
-        judged = [key for key in whole if key[0] in self._plan.techniques]
         return Scores(
-            layers={
-                key: {layer: content_shift.score(diff, anchors[layer]) for layer, diff in whole[key].items()}
-                for key in judged
-            },
+            layers=self._against_anchor(self._shifts[False], good),
+            patterns=self._against_anchor(self._shifts[True], good),
             seconds_per_pass=self._seconds,
             good=good,
             failed=self._failed,
         )
+
+    def _against_anchor(
+        self, shifts: Mapping[Key, Mapping[str, list[Float64Array]]], good: npt.NDArray[np.bool_]
+    ) -> dict[Key, dict[str, Float64Array]]:
+        whole = {
+            key: {layer: np.concatenate(parts)[good] for layer, parts in layers.items()}
+            for key, layers in shifts.items()
+        }
+        anchors = whole[self._plan.anchor]
+        return {
+            key: {layer: content_shift.score(diff, anchors[layer]) for layer, diff in layers.items()}
+            for key, layers in whole.items()
+            if key[0] in self._plan.techniques
+        }

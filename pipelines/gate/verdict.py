@@ -32,15 +32,19 @@ class Judgement:
     technique: str
     timestep: int
     score: Estimate
-    """Quantitative score: 1 for features like those of `basic` at t = 0, 0 for the anchor's shift."""
+    """The paper's score: 1 for features like those of `basic` at t = 0, 0 for the anchor's shift."""
     layer_scores: dict[str, float]
     """Mean score of each layer."""
     score_at_0: float
     """Score of the technique's own features at t = 0, where nothing is hidden and nothing can shift."""
     score_difference: Difference
     """To that of `basic` at the same timestep."""
-    change_since_0: Difference
-    """How much less the score has fallen since t = 0 than that of `basic`: below 0, it has fallen more."""
+    pattern_score: Estimate
+    """The same of patterns, where only the places of changes count and not how large activations are."""
+    pattern_difference: Difference
+    """To that of `basic` at the same timestep. This one decides."""
+    pattern_since_0: Difference
+    """How much less the score of patterns has fallen since t = 0 than that of `basic`: below 0, it has fallen more."""
     measures: dict[str, float]
     """Mean similarities of Img2Img to the input; empty where there is none."""
     differences: dict[str, Difference]
@@ -59,8 +63,8 @@ class Judgement:
 
     @property
     def suppresses(self) -> bool:
-        """Whether features drift less than those of `basic`: the interval of the score's difference is above 0."""
-        return self.score_difference.above
+        """Whether features drift less than those of `basic`: the interval of the patterns' difference is above 0."""
+        return self.pattern_difference.above
 
     @property
     def closer_than_reference(self) -> bool | None:
@@ -80,7 +84,10 @@ class Judgement:
             "suppresses": self.suppresses,
             "score_difference": self.score_difference.to_json(),
             "score_at_0": self.score_at_0,
-            "change_since_0": self.change_since_0.to_json(),
+            "pattern_score": self.pattern_score.mean,
+            "pattern_score_ci95": list(self.pattern_score.ci95),
+            "pattern_difference": self.pattern_difference.to_json(),
+            "pattern_since_0": self.pattern_since_0.to_json(),
             "layer_scores": self.layer_scores,
             "closeness": None if self.closeness is None else self.closeness.to_json(),
             "differences": {name: one.to_json() for name, one in self.differences.items()},
@@ -96,9 +103,10 @@ def judge(key: Key, scores: Scores, made: Reconstructions | None, *, seed: int, 
     """Put together what both parts say of a technique at a timestep."""
     technique, timestep = key
     values, reference = scores.of(key), scores.of((REFERENCE, timestep))
-    by_score = difference(values, reference, seed)
-    at_0, reference_at_0 = scores.of((technique, 0)), scores.of((REFERENCE, 0))
-    since_0 = difference(values - at_0, reference - reference_at_0, seed)
+    pattern, plain = scores.pattern_of(key), scores.pattern_of((REFERENCE, timestep))
+    by_pattern = difference(pattern, plain, seed)
+    at_0, plain_at_0 = scores.pattern_of((technique, 0)), scores.pattern_of((REFERENCE, 0))
+    since_0 = difference(pattern - at_0, plain - plain_at_0, seed)
     by_picture: Difference | None = None
     differences: dict[str, Difference] = {}
     if made is not None:
@@ -108,15 +116,17 @@ def judge(key: Key, scores: Scores, made: Reconstructions | None, *, seed: int, 
             name: difference(made.closer(technique, name), made.closer(REFERENCE, name), seed)
             for name in made.measures[technique]
         }
-    verdict, advice, more = _decide(technique, len(values), by_score, since_0, by_picture)
+    verdict, advice, more = _decide(technique, len(values), by_pattern, since_0, by_picture)
     return Judgement(
         technique=technique,
         timestep=timestep,
         score=estimate(values, seed),
         layer_scores={name: float(one.mean()) for name, one in scores.layers[key].items()},
-        score_at_0=float(at_0.mean()),
-        score_difference=by_score,
-        change_since_0=since_0,
+        score_at_0=float(scores.of((technique, 0)).mean()),
+        score_difference=difference(values, reference, seed),
+        pattern_score=estimate(pattern, seed),
+        pattern_difference=by_pattern,
+        pattern_since_0=since_0,
         measures={} if made is None else {name: float(one.mean()) for name, one in made.measures[technique].items()},
         differences=differences,
         closeness=by_picture,
@@ -129,7 +139,7 @@ def judge(key: Key, scores: Scores, made: Reconstructions | None, *, seed: int, 
 
 
 def _decide(
-    technique: str, images: int, by_score: Difference, since_0: Difference, by_picture: Difference | None
+    technique: str, images: int, by_features: Difference, since_0: Difference, by_picture: Difference | None
 ) -> tuple[Verdict, str, int | None]:
     """Verdict, advice and images that are lacking.
 
@@ -138,7 +148,7 @@ def _decide(
     """
     if technique == REFERENCE:
         return Verdict.REFERENCE, "what the others are compared with", None
-    parts = [("features", by_score)] + ([] if by_picture is None else [("pictures", by_picture)])
+    parts = [("features", by_features)] + ([] if by_picture is None else [("pictures", by_picture)])
     for_it = [name for name, one in parts if one.above]
     against = [name for name, one in parts if one.below and (name == "pictures" or since_0.below)]
     if for_it and against:

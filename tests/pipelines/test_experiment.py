@@ -266,15 +266,19 @@ def test_scores_of_features_are_correlated_with_gains(config, tmp_path):
     assert [row.setting for row in found.rows] == ["prompt, t50", "prompt, t201", "controlnet, t50", "controlnet, t201"]
     assert set(found.found) == {
         "score and gain in miou", "gain in score and gain in miou", "own score and gain in miou", "score and miou",
+        "score of patterns and gain in miou", "gain in score of patterns and gain in miou",
     }  # fmt: skip
     dataset = featstore.open(str(tmp_path / "s.zarr")).dataset("discs")
 
     def maps(technique, timestep):
         return np.asarray(dataset.run(technique, timestep=timestep)[LAYER]).astype(np.float64)
 
-    def by_hand(technique, timestep, origin="basic"):
+    def by_hand(technique, timestep, origin="basic", *, pattern=False):
         names = (("basic", 0), ("basic", 501), (technique, timestep), (origin, 0))
-        zero, most, one, begin = (laplacian_norm(maps(*at)) for at in names)
+        norms = [laplacian_norm(maps(*at)) for at in names]
+        if pattern:
+            norms = [np.stack([image / image.mean() for image in one]) for one in norms]
+        zero, most, one, begin = norms
         far = np.abs(zero - most).sum((1, 2))
         return float(np.mean((far - np.abs(begin - one).sum((1, 2))) / far))
 
@@ -283,6 +287,8 @@ def test_scores_of_features_are_correlated_with_gains(config, tmp_path):
         assert row.score == pytest.approx(by_hand(*at), rel=1e-9)
         assert row.own_score == pytest.approx(by_hand(*at, origin=at[0]), rel=1e-9)
         assert row.score_gain == pytest.approx(by_hand(*at) - by_hand("basic", at[1]), abs=1e-9)
+        assert row.pattern_score == pytest.approx(by_hand(*at, pattern=True), rel=1e-9)
+        assert row.pattern_gain == pytest.approx(row.pattern_score - by_hand("basic", at[1], pattern=True), abs=1e-9)
         assert row.gain == pytest.approx(scored[row.setting] - scored[row.over])
     json.dumps(result.to_json(), allow_nan=False)
     text = results.markdown(result)

@@ -128,6 +128,12 @@ def test_scores_are_those_of_stored_features(tiny, ask, tmp_path):
         ]
         assert one.score.mean == pytest.approx(np.mean(scores), abs=1e-4)
         assert list(one.layer_scores.values()) == pytest.approx([value.mean() for value in scores], abs=1e-4)
+        patterns = [
+            1 - shift(reference[layer], features[key][layer], pattern=True)
+            / shift(reference[layer], anchor[layer], pattern=True)
+            for layer in report.plan.layers
+        ]  # fmt: skip
+        assert one.pattern_score.mean == pytest.approx(np.mean(patterns), abs=1e-4)
         assert one.score.ci95[0] <= one.score.mean <= one.score.ci95[1]
         assert one.bytes_per_image == 2 * sum(int(np.prod(shape)) for shape in planned.layers.values())
 
@@ -189,7 +195,8 @@ def test_what_has_no_strength_changes_nothing(tiny, ask, lora):
     for one in report.judgements[1:]:
         assert one.score_difference.ci95 == (0.0, 0.0)
         assert one.closeness.ci95 == (0.0, 0.0)
-        assert one.score_difference.p == one.closeness.p == 1.0
+        assert one.pattern_difference.ci95 == (0.0, 0.0)
+        assert one.score_difference.p == one.pattern_difference.p == one.closeness.p == 1.0
         assert not one.suppresses
         assert not one.closer_than_reference
         assert one.verdict is Verdict.NO_HELP
@@ -211,7 +218,8 @@ def test_a_controlnet_fed_another_images_edges_does_not_help_and_its_own_do(own_
     assert bad.verdict is Verdict.NO_HELP
     assert not bad.suppresses
     assert not bad.closer_than_reference
-    assert bad.score_difference.ci95[1] <= 0
+    assert bad.pattern_difference.ci95[1] <= 0
+    assert bad.pattern_score.mean < good.pattern_score.mean
     assert bad.closeness.mean < good.closeness.ci95[0]
     assert by_name(own)["lora@0", 50].closeness.ci95 == (0.0, 0.0)
 
