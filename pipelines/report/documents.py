@@ -11,6 +11,7 @@ from typing import Any
 from featstore.errors import BadRequestError, NotFoundError
 
 _MAX_BYTES = 64 << 20
+_METRICS = {"miou": "mIoU", "macc": "mAcc"}
 
 
 def read_json(path: Path, *, what: str, hint: str) -> Mapping[str, Any]:
@@ -75,6 +76,11 @@ def words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def metric_name(key: str) -> str:
+    """How the field writes a metric, e.g. ``mIoU`` for ``miou``; the key itself where it is written so."""
+    return _METRICS.get(key, key)
 
 
 def pretty(value: object) -> str:

@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import BadRequestError
-from featstore.pictures import Details, Interval, IntervalTable, Plate, Score, ScoreTable, Section
-from featstore.pipelines.report.documents import interval, mapping, number, objects, pretty, read_json, words
+from featstore.pictures import Details, Interval, IntervalTable, Plate, Score, ScoreTable, Section, Table
+from featstore.pipelines.report.documents import (
+    interval,
+    mapping,
+    metric_name,
+    number,
+    objects,
+    pretty,
+    read_json,
+    words,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -46,15 +55,16 @@ def experiment_sections(folder: Path, document: Mapping[str, Any]) -> tuple[list
             if (mean := number(value.get("mean"))) is not None:
                 scores.append(Score(name=words(setting.get("name")), mean=mean, std=number(value.get("std"))))
         note = "Mean and deviation over splits."
-        sections.append(ScoreTable(title=f"{title}: {metric}", metric=metric, scores=tuple(scores), note=note))
-    sections += _comparisons(title, document)
+        name = metric_name(metric)
+        sections.append(ScoreTable(title=f"{title}: {name}", metric=name, scores=tuple(scores), note=note))
+    sections += [*_comparisons(title, document), *_correlations(title, document)]
     if (plot := _plot(folder / "results.png")) is not None:
         sections.append(Plate(title=f"{title}: plot", picture=plot, words=f"plot of {title}"))
     rest = {key: value for key, value in document.items() if key not in ("settings", "comparisons")}
     entries = [(words(setting.get("name")), pretty(setting)) for setting in settings]
     sections.append(Details(title=f"{title}: settings", entries=(("the experiment", pretty(rest)), *entries)))
     asked, made = number(document.get("passes_asked")), number(document.get("passes_made"))
-    lead = f"Experiment: {title}, {len(settings)} settings."
+    lead = f"Experiment: {title}, {len(settings)} {'setting' if len(settings) == 1 else 'settings'}."
     if asked and made is not None:
         lead += f" {asked:,.0f} passes asked for, {made:,.0f} made: {100 * (1 - made / asked):.0f} % saved."
     return sections, lead
@@ -76,13 +86,23 @@ def _comparisons(title: str, document: Mapping[str, Any]) -> list[Section]:
         )
     return [
         IntervalTable(
-            title=f"{title}: differences in {metric}",
-            metric=f"difference in {metric}",
+            title=f"{title}: differences in {metric_name(metric)}",
+            metric=f"difference in {metric_name(metric)}",
             intervals=tuple(intervals),
             note="Paired over splits, with the 95 % interval; above zero the first is better.",
         )
         for metric, intervals in by_metric.items()
     ]
+
+
+def _correlations(title: str, document: Mapping[str, Any]) -> list[Section]:
+    rows = tuple(
+        (words(one.get("of")), number(one.get("rho")), number(one.get("p")), number(one.get("settings")))
+        for one in objects(mapping(document.get("correlation")).get("correlations"))
+    )
+    note = "Over settings; p is the chance of one as strong where there is none."
+    columns = ("of", "Spearman's rho", "p", "settings")
+    return [Table(title=f"{title}: rank correlations", columns=columns, rows=rows, note=note)] if rows else []
 
 
 def _plot(path: Path) -> np.ndarray | None:

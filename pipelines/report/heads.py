@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.pictures import Details, Score, ScoreTable, Section, Table
-from featstore.pipelines.report.documents import mapping, number, objects, pretty, words
+from featstore.pipelines.report.documents import mapping, metric_name, number, objects, pretty, words
 
 
 def head_sections(folders: Sequence[Path]) -> tuple[list[Section], str]:
@@ -32,7 +32,7 @@ def head_sections(folders: Sequence[Path]) -> tuple[list[Section], str]:
             sections.append(weights)
     described = tuple((_name(folder, document), pretty(_described(document))) for folder, document in documents.items())
     sections.append(Details(title="How the heads were trained", entries=described))
-    return sections, f"{len(documents)} trained heads."
+    return sections, f"{len(documents)} trained {'head' if len(documents) == 1 else 'heads'}."
 
 
 def _name(folder: Path, document: Mapping[str, Any]) -> str:
@@ -56,8 +56,8 @@ def _scores(group: str, documents: Mapping[Path, Mapping[str, Any]]) -> list[Sec
         best = max(means.values(), default=0.0)
         tables.append(
             ScoreTable(
-                title=f"{group}, {metric}",
-                metric=metric,
+                title=f"{group}, {metric_name(metric)}",
+                metric=metric_name(metric),
                 scores=tuple(
                     Score(
                         name=head,

@@ -16,6 +16,7 @@ from featstore.errors import BadRequestError, FeatstoreError
 from featstore.pictures import Details, Panel, PanelTable, Section, Table
 from featstore.pipelines.reading import ATTENTION_PREFIX
 from featstore.pipelines.report.documents import pretty
+from featstore.pipelines.report.failures import failures, reasons_of
 from featstore.pipelines.show_panels import pca_pictures, spread
 from featstore.store import Run, Store, StoredDataset
 from featstore.store.catalog import describe
@@ -51,11 +52,14 @@ def store_sections(store: Store, sampling: Sampling) -> tuple[list[Section], str
     names = [entry["name"] for entry in content["datasets"]]
     images = _images_of(sampling, names)
     sections: list[Section] = []
+    reasons = reasons_of(store)
     for entry in content["datasets"]:
         stored = store.dataset(entry["name"])
         sections.append(_runs(entry))
         if gaps := _missing(stored, entry):
             sections.append(gaps)
+            if failed := failures(stored, entry, reasons):
+                sections.append(failed)
         if entry["runs"]:
             sections.append(_layers(entry))
         if sampling.images:

@@ -60,6 +60,11 @@ EXPERIMENT = {
     "comparisons": [
         {"a": "controlnet", "b": "basic", "metric": "miou", "difference": 0.031, "ci95": [0.012, 0.048], "p": 0.03}
     ],
+    "correlation": {
+        "metric": "miou",
+        "settings": [],
+        "correlations": [{"of": "score and gain in miou", "rho": -0.481, "p": 0.0172, "settings": 24}, "torn"],
+    },
     "passes_asked": 1920,
     "passes_made": 640,
 }
@@ -160,7 +165,7 @@ def test_heads(head, tmp_path):
     metrics = json.loads((head / "head.json").read_text())["metrics"]["splits"]
     result = make_report(ReportConfig(heads=(head,), out=tmp_path / "r.html"))
     text = words(result.path)
-    assert "discs: segmentation, miou" in text
+    assert "discs: segmentation, mIoU" in text
     assert f"{100 * metrics['miou']['mean']:.1f}" in text
     assert "2 splits" in text
     assert "both: basic,prompt at t = 50" in text
@@ -179,6 +184,21 @@ def test_a_gate(tmp_path):
         assert "featstore extract --techniques controlnet" in text
 
 
+def test_a_gate_at_two_timesteps_says_which_and_shows_the_score_that_decides(tmp_path):
+    strong = {"technique": "controlnet", "score": -0.231, "score_ci95": [-0.3, -0.1], "ssim": 0.43, "psnr_db": 16.4}
+    rows = [
+        {**strong, "timestep": 51, "pattern_score": -0.024, "pattern_score_ci95": [-0.06, 0.01], "suppresses": False},
+        {**strong, "timestep": 501, "pattern_score": 0.144, "pattern_score_ci95": [0.097, 0.193], "suppresses": True},
+    ]
+    path = written(tmp_path, "gate.json", {"anchor": "basic@501", "techniques": rows})
+    text = words(make_report(ReportConfig(gate=path, out=tmp_path / "r.html")).path)
+    assert "content shift is suppressed by controlnet, t = 501." in text
+    # once in the table of either score, once with the pictures' measures
+    assert text.count("controlnet, t = 51 ") == 3
+    assert text.index("0.097 to 0.193") < text.index("-0.300 to -0.100")
+    assert text.index("Decides whether") < text.index("The paper's score.")
+
+
 def test_an_experiment(tmp_path):
     written(tmp_path / "e", "results.json", EXPERIMENT)
     plot = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -186,6 +206,14 @@ def test_an_experiment(tmp_path):
     result = make_report(ReportConfig(experiment=tmp_path / "e", out=tmp_path / "r.html"))
     text = words(result.path)
     for part in ("61.4", "64.5", "± 1.2", "controlnet against basic", "0.012 to 0.048", "p = 0.03", "67 % saved"):
+        assert part in text, part
+    for part in (
+        "techniques by timestep: mIoU",
+        "rank correlations",
+        "score and gain in miou",
+        "-0.481",
+        "2 settings.",
+    ):
         assert part in text, part
     np.testing.assert_array_equal(images(result.path)["plot of techniques by timestep"], plot)
     (tmp_path / "e" / "results.png").write_bytes(b"no picture")
