@@ -38,10 +38,12 @@ class Claims:
 
     Args:
         keeper: renews the leases; gives them back at the end, whatever happens.
+        job: the distributed extraction that they are for; see `acquire`.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, job: str = "") -> None:
         self._keeper = keeper
+        self._job = job
         self.postponed: list[Work] = []
         """Blocks that others hold."""
         self.holders: dict[str, Holder] = {}
@@ -53,11 +55,10 @@ class Claims:
         """What is ours of a block: the runs whose lease is got and that lack something still."""
         shares, busy = [], []
         for outcome in work.outcomes:
-            positions = outcome.positions(work.block)
-            positions = positions[outcome.todo[positions]]
+            positions = outcome.lacking(work.block)
             if not len(positions):
                 continue
-            got = acquire(outcome.run.dataset.objects, outcome.run.path, work.block)
+            got = acquire(outcome.run.dataset.objects, outcome.run.path, work.block, self._job)
             if isinstance(got, Holder):
                 busy.append(outcome)
                 self.holders[str(got)] = got

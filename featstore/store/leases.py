@@ -9,6 +9,9 @@ Who has created one looks once more whether somebody else's is there and alive, 
 of processes one at most holds a block, also where a listing and a deletion happen at the same moment: of two who have
 both created a generation, the one who looks later sees the other's. (Both may, and step back: they come again.)
 
+Holders that say the same ``job`` are attempts of one distributed extraction at the same work, of which its scheduler
+lets one live: a later one does not wait for the lease of an earlier one, whose machine may be gone.
+
 A lease saves work and is not needed for what is right: two holders of one block (a process that slept through its
 time, a clock that is wrong) compute the same rows twice, and the store commits either.
 """
@@ -53,6 +56,8 @@ class Holder:
     user: str
     expires: float
     """Unix time in seconds."""
+    job: str = ""
+    """The distributed extraction that it works for; empty: none."""
 
     def __str__(self) -> str:
         """For messages: ``ada on host7 (process 4711)``."""
@@ -62,13 +67,16 @@ class Holder:
 class Lease:
     """A lease that this process holds; `release` ends it."""
 
-    def __init__(self, objects: Objects, run: str, block: int, generation: int, *, nonce: str, expires: float) -> None:
+    def __init__(
+        self, objects: Objects, run: str, block: int, generation: int, *, nonce: str, expires: float, job: str = ""
+    ) -> None:
         self._objects = objects
         self.run = run
         self.block = block
         self._generations = [generation]
         self._nonce = nonce
         self._expires = expires
+        self._job = job
         self._lock = threading.Lock()
         self._over = False
 
@@ -94,7 +102,7 @@ class Lease:
             # Whoever slept through its time must not come back beside those who have held the block since.
             if now >= self._expires:
                 return False
-            if self._objects.put_new(key, _statement(self._nonce, now + TTL_SECONDS), durable=False):
+            if self._objects.put_new(key, _statement(self._nonce, now + TTL_SECONDS, self._job), durable=False):
                 self._expires = now + TTL_SECONDS
                 return True
             # Perhaps of one who found an earlier holder's gone: that one looks again, sees this one, and steps back.
@@ -117,13 +125,14 @@ class Lease:
                 del self._generations[0]
 
 
-def acquire(objects: Objects, run: str, block: int) -> Lease | Holder:
+def acquire(objects: Objects, run: str, block: int, job: str = "") -> Lease | Holder:
     """Take the lease on a block, or say who holds it.
 
     Args:
         objects: where the store lies.
         run: path of the run.
         block: number of the block.
+        job: the distributed extraction that it is for; leases of its earlier attempts are not waited for.
 
     Raises:
         CorruptError: if what is there are no leases.
@@ -132,16 +141,16 @@ def acquire(objects: Objects, run: str, block: int) -> Lease | Holder:
     nonce = uuid.uuid4().hex
     for _ in range(_TRIES):
         there = _generations(objects, run).get(block, [])
-        holder = _alive(objects, run, block, there[-1:])
+        holder = _alive(objects, run, block, there[-1:], job)
         if holder is not None:
             return holder
         generation = there[-1] + 1 if there else 0
         expires = time.time() + TTL_SECONDS
-        if not objects.put_new(_key(run, block, generation), _statement(nonce, expires), durable=False):
+        if not objects.put_new(_key(run, block, generation), _statement(nonce, expires, job), durable=False):
             continue
-        lease = Lease(objects, run, block, generation, nonce=nonce, expires=expires)
+        lease = Lease(objects, run, block, generation, nonce=nonce, expires=expires, job=job)
         others = [one for one in _generations(objects, run).get(block, []) if one != generation]
-        rival = _alive(objects, run, block, others)
+        rival = _alive(objects, run, block, others, job)
         if rival is not None:
             lease.release()
             return rival
@@ -156,11 +165,11 @@ def acquire(objects: Objects, run: str, block: int) -> Lease | Holder:
     )
 
 
-def _alive(objects: Objects, run: str, block: int, generations: Sequence[int]) -> Holder | None:
-    """Who holds one of some generations of a block's lease, as long as it lives; the last one's."""
+def _alive(objects: Objects, run: str, block: int, generations: Sequence[int], job: str = "") -> Holder | None:
+    """Who holds one of some generations of a block's lease, as long as it lives; the last one's, ``job``'s left out."""
     for generation in reversed(generations):
         found = _read(objects, _key(run, block, generation), block)
-        if found is not None and found[1]:
+        if found is not None and found[1] and not (job and found[0].job == job):
             return found[0]
     return None
 
@@ -261,7 +270,7 @@ def _key(run: str, block: int, generation: int) -> str:
     return f"{_folder(run)}/{block}.{generation}"
 
 
-def _statement(nonce: str, expires: float) -> bytes:
+def _statement(nonce: str, expires: float, job: str) -> bytes:
     pid = os.getpid()
     try:
         user = getpass.getuser()
@@ -276,6 +285,7 @@ def _statement(nonce: str, expires: float) -> bytes:
             "place": partial.place(),
             "started": partial.started(pid),
             "expires": expires,
+            **({"job": job} if job else {}),
         }
     ).encode()
 
@@ -290,6 +300,7 @@ def _read(objects: Objects, key: str, block: int) -> tuple[Holder, bool] | None:
             pid=int(value["pid"]),
             user=str(value["user"])[:100],
             expires=float(value["expires"]),
+            job=str(value.get("job", ""))[:100],
         )
         place, started = value["place"], int(value["started"])
     except (NotFoundError, CorruptError, ValueError, KeyError, TypeError, RecursionError, OverflowError):

@@ -596,3 +596,20 @@ def check_rows(objects, broken=None):
     wanted = as_records(run.dataset.samples.digest_bytes(0, 6))
     assert {row for row in range(6) if run.committed("up1")[row] == wanted[row]} >= there
     return there
+
+
+def test_a_lease_of_the_same_job_is_not_waited_for(objects):
+    """A worker is gone with its machine, and the scheduler has given its block to another one."""
+    first = acquire(objects, RUN, 5, "job")
+    assert isinstance(first, Lease)
+    assert isinstance(acquire(objects, RUN, 5), Holder)
+    assert isinstance(acquire(objects, RUN, 5, "another"), Holder)
+    second = acquire(objects, RUN, 5, "job")
+    assert isinstance(second, Lease)
+    (holder,) = held(objects, RUN)
+    assert holder.job == "job"
+    # Should the first one live after all, it neither keeps the block nor takes it from the second.
+    first.release()
+    assert isinstance(acquire(objects, RUN, 5), Holder)
+    second.release()
+    assert held(objects, RUN) == []
