@@ -26,13 +26,17 @@ from featstore.cli.options import (
     LoraScaleOption,
     ModelOption,
     PromptOption,
+    SchedulerOption,
     SeedOption,
     StoreOption,
     TechniquesOption,
     TimestepsOption,
+    WorkersOption,
     parse_image_size,
     parse_timesteps,
 )
+from featstore.pipelines.cluster.config import ClusterConfig
+from featstore.pipelines.cluster.opening import open_cluster
 from featstore.pipelines.extract import ExtractReport, execute
 from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan
 from featstore.techniques import SteeringOptions
@@ -95,6 +99,8 @@ def extract(
         typer.Option("--batch-size", metavar="N", help="Rows of every forward pass of new runs; default: what fits."),
     ] = None,
     device: DeviceOption = None,
+    workers: WorkersOption = 0,
+    scheduler: SchedulerOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Compute everything asked for anew, in the place of what is there.")
     ] = False,
@@ -118,6 +124,8 @@ def extract(
     `featstore extract --dataset folder:photos --techniques basic --model reference --dry-run`
 
     `featstore extract --dataset toyhorse --techniques prompt --precision int8 --reduce pca:32`
+
+    `featstore extract --dataset toyhorse --techniques prompt,controlnet --workers 2`
     """
     config = ExtractConfig(
         dataset=dataset,
@@ -151,14 +159,16 @@ def extract(
         dataset_name=dataset_name,
         overwrite=overwrite,
     )
-    plan = make_plan(config)
-    if dry_run and as_json:
-        console.print_json(plan.to_json())
-        return
-    print_plan(plan, to=console.out if dry_run else console.err)
-    if dry_run:
-        return
-    report = execute(plan, console.Bar())
+    bar = console.Bar()
+    with open_cluster(ClusterConfig(workers=workers, scheduler=scheduler), bar, store=store) as cluster:
+        plan = make_plan(config, device=None if cluster is None else cluster.device(device))
+        if dry_run and as_json:
+            console.print_json(plan.to_json())
+            return
+        print_plan(plan, to=console.out if dry_run else console.err)
+        if dry_run:
+            return
+        report = execute(plan, bar, cluster=cluster)
     if as_json:
         console.print_json(report.to_json())
     print_report(report)
@@ -209,6 +219,13 @@ def print_report(report: ExtractReport) -> None:
         console.say(f"{passes} stored in {report.seconds:.1f} s ({rate:.1f} a second)")
     else:
         console.say("nothing was stored" if report.failed else "nothing to compute: the store has it all")
+    for worker in report.workers:
+        one = worker.to_json()
+        memory = f"{console.human_bytes(worker.peak_rss_bytes)} of memory"
+        if worker.peak_device_bytes is not None:
+            memory += f", {console.human_bytes(worker.peak_device_bytes)} of its GPU's"
+        passes = _count(worker.passes, "pass", "passes")
+        console.say(f"  {worker.name}: {passes}, {one['passes_per_second']:.1f} a second, {memory}")
     for outcome in report.outcomes:
         recipe = outcome.planned.recipe
         for layer, one in outcome.reduced.items():

@@ -73,6 +73,16 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1..; default: a GPU where there is one."),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers", metavar="N", help="Processes of this machine, one for each GPU; default: this process alone."
+    ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option("--scheduler", metavar="ADDRESS", help="A Dask cluster, e.g. tcp://10.0.0.1:8786 (docs/cluster.md)."),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from featstore.models import ModelSource
 
 if TYPE_CHECKING:
     import torch
+
+    from featstore.models.backbones.base import Backbone
+    from featstore.pipelines.plan import PlannedRun
 
 MAX_BATCH_SIZE = 64
 _CPU_BATCH_SIZE = 16
@@ -49,6 +54,31 @@ def probed_batch_size(run: Callable[[int], None], device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)
     return fitting(peaks[0], peaks[1], int(room * _DEVICE_SHARE))
+
+
+def probed_batch_size_of(runs: Sequence[PlannedRun], model: Backbone) -> int:
+    """`probed_batch_size` of all passes of some runs, which are of one size and precision."""
+    from featstore.pipelines.compute import extractor_of
+
+    size = (runs[0].recipe.height_px, runs[0].recipe.width_px)
+
+    def run(rows: int) -> None:
+        extractor = extractor_of(model, runs, rows)
+        images = np.zeros((rows, *size, 3), np.uint8)
+        latents = extractor.encode(images)
+        for index, planned in enumerate(runs):
+            extractor.run(
+                index,
+                latents,
+                images,
+                ["0" * 64] * rows,
+                planned.recipe.timestep,
+                planned.recipe.seed,
+                [""] * rows,
+                denoise_from=planned.recipe.denoise_from,
+            )
+
+    return probed_batch_size(run, model.device)
 
 
 def fitting(one_bytes: int, two_bytes: int, room_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import defaultdict
@@ -32,7 +33,7 @@ _POLL_SECONDS = (0.2, 5.0)
 
 
 @dataclasses.dataclass
-class _Group:
+class Group:
     """Runs that are walked through together, and what is left of them."""
 
     outcomes: list[RunOutcome]
@@ -53,9 +54,6 @@ def compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progres
     Raises:
         StorageError: if writing fails; what was committed stays.
     """
-    # Only now: planning and a finished extraction do without torch and diffusers.
-    import torch
-
     rates = Rates.load()
     left = sum(int(outcome.todo.sum()) for outcome in outcomes)
     progress.start("extracting", left, "passes")
@@ -66,13 +64,7 @@ def compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progres
             waits = 0
             while groups:
                 for group in groups:
-                    if group.threads is not None:
-                        torch.set_num_threads(group.threads)
-                    flight = Flight(plan, claims, writer, rates, progress)
-                    for images in reader.blocks(group.work, claims):
-                        _block(plan, group, images, flight)
-                        claims.spared -= _advance(progress, claims.spared)
-                    flight.land()
+                    walk(plan, group, claims, reader, Flight(plan, claims, writer, rates, progress), progress)
                     group.work = claims.again()
                 claims.spared -= _advance(progress, claims.spared)
                 groups = [group for group in groups if group.work]
@@ -82,6 +74,38 @@ def compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progres
     finally:
         progress.stop()
         rates.save()
+
+
+def walk(
+    plan: Plan,
+    group: Group,
+    claims: Claims,
+    reader: ImageReader,
+    flight: Flight,
+    progress: Progress,
+    device: contextlib.AbstractContextManager[object] | None = None,
+) -> None:
+    """Run the passes of all blocks that are a group's work and can be claimed.
+
+    Args:
+        plan: what the group is part of.
+        group: runs and blocks.
+        claims: takes the blocks.
+        reader: reads their images.
+        flight: takes their maps.
+        progress: told of what others have made meanwhile.
+        device: entered for each block's passes, where threads share the model; reading and writing are outside it.
+    """
+    # Only now: planning and a finished extraction do without torch and diffusers.
+    import torch
+
+    for images in reader.blocks(group.work, claims):
+        with device or contextlib.nullcontext():
+            if group.threads is not None:
+                torch.set_num_threads(group.threads)  # of this thread: OpenMP keeps the number for each
+            _block(plan, group, images, flight)
+        claims.spared -= _advance(progress, claims.spared)
+    flight.land()
 
 
 def threads_of(run: Run) -> int | None:
@@ -106,22 +130,32 @@ def extractor_of(model: Backbone, runs: Sequence[PlannedRun], batch_size: int) -
     )
 
 
-def _groups(outcomes: Sequence[RunOutcome], model: Backbone) -> list[_Group]:
-    # A forward's bytes depend on its batch shape and, on a CPU, on the number of threads; a block is
-    # what is committed at once. Only runs that agree on all three can be walked through together.
-    agreeing: dict[tuple[int, int, int | None], list[RunOutcome]] = defaultdict(list)
-    for outcome in outcomes:
-        if outcome.todo.any():
-            run = outcome.run
-            outcome.projections = projections(run, list(outcome.planned.layers), model.device)
-            agreeing[run.block_length, run.batch_size, threads_of(run)].append(outcome)
+def _groups(outcomes: Sequence[RunOutcome], model: Backbone) -> list[Group]:
+    agreed = agreeing(outcomes)
+    for group in agreed.values():
+        for outcome in group:
+            outcome.projections = projections(outcome.run, list(outcome.planned.layers), model.device)
     return [
-        _Group(group, extractor_of(model, [one.planned for one in group], batch_size), threads, all_work(group))
-        for (_, batch_size, threads), group in agreeing.items()
+        Group(group, extractor_of(model, [one.planned for one in group], batch_size), threads, all_work(group))
+        for (_, batch_size, threads), group in agreed.items()
     ]
 
 
-def _wait(groups: Sequence[_Group], claims: Claims, waits: int, progress: Progress) -> None:
+def agreeing(outcomes: Sequence[RunOutcome]) -> dict[tuple[int, int, int | None], list[RunOutcome]]:
+    """Runs that still lack something, by block length, batch size and threads.
+
+    A forward's bytes depend on its batch shape and, on a CPU, on the number of threads; a block is what is committed
+    at once. Only runs that agree on all three can be walked through together.
+    """
+    found: dict[tuple[int, int, int | None], list[RunOutcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.todo.any():
+            run = outcome.run
+            found[run.block_length, run.batch_size, threads_of(run)].append(outcome)
+    return found
+
+
+def _wait(groups: Sequence[Group], claims: Claims, waits: int, progress: Progress) -> None:
     if not waits:
         blocks = sum(len(work.outcomes) for group in groups for work in group.work)
         holders = ", ".join(sorted(claims.holders))
@@ -136,7 +170,7 @@ def _advance(progress: Progress, steps: int) -> int:
     return steps
 
 
-def _block(plan: Plan, group: _Group, images: BlockImages, flight: Flight) -> None:
+def _block(plan: Plan, group: Group, images: BlockImages, flight: Flight) -> None:
     """All passes of one block."""
     from featstore.extraction.passes import Pass
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import featstore.store
 from featstore.errors import StorageError
-from featstore.pipelines.batch import cpu_batch_size, probed_batch_size
-from featstore.pipelines.compute import compute, extractor_of
+from featstore.pipelines.cluster.config import ClusterConfig
+from featstore.pipelines.cluster.opening import open_cluster
+from featstore.pipelines.engine import Engine, WorkerReport, new_runs
+from featstore.pipelines.here import Here
 from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.outcome import RunOutcome
 from featstore.pipelines.plan import ExtractConfig, Plan, PlannedRun, make_plan, sample_table
 from featstore.pipelines.progress import Progress, Silent
-from featstore.pipelines.provenance import cpu_name, provenance
-from featstore.pipelines.reduction import fit
-from featstore.store import StoredDataset
+from featstore.pipelines.provenance import provenance
+from featstore.pipelines.run_log import ExtractionLog
+from featstore.store import Store, StoredDataset
 from featstore.store.basis import Basis
 
 if TYPE_CHECKING:
     from featstore.models.backbones.base import Backbone
+    from featstore.pipelines.cluster.connect import Cluster
 
 _CREATING_THREADS = 8
 _ROUNDS = 3
@@ -41,6 +41,8 @@ class ExtractReport:
     seconds: float
     peak_device_bytes: int | None = None
     """Largest memory taken on a GPU; None: none was used."""
+    workers: tuple[WorkerReport, ...] = ()
+    """What each process of a cluster did; empty: this one did all."""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -79,15 +81,29 @@ class ExtractReport:
             "images_per_second": self.passes / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
             **device,
+            **({"workers": [worker.to_json() for worker in self.workers]} if self.workers else {}),
         }
 
 
-def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractReport:
-    """Plan and run an extraction; see `make_plan` for what is refused and `execute` for the rest."""
-    return execute(make_plan(config), progress or Silent())
+def extract(
+    config: ExtractConfig, progress: Progress | None = None, *, cluster: ClusterConfig | None = None
+) -> ExtractReport:
+    """Plan and run an extraction; see `make_plan` for what is refused and `execute` for the rest.
+
+    Args:
+        config: what to extract.
+        progress: told of every block.
+        cluster: where; None: in this process.
+    """
+    told = progress or Silent()
+    with open_cluster(cluster, told, store=config.store) as place:
+        plan = make_plan(config, device=None if place is None else place.device(config.device))
+        return execute(plan, told, cluster=place)
 
 
-def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None) -> ExtractReport:
+def execute(
+    plan: Plan, progress: Progress, *, backbone: Backbone | None = None, cluster: Cluster | None = None
+) -> ExtractReport:
     """Run what a plan leaves to do.
 
     An image that cannot be read, or whose features are not finite, is skipped in the runs that it
@@ -100,6 +116,7 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
         plan: what to do.
         progress: told of every block.
         backbone: the plan's model if it is loaded already; it is then left open.
+        cluster: the processes that compute; None: this one does.
 
     Raises:
         StorageError: if the store cannot be written, before any weight is loaded, or if writing fails
@@ -108,38 +125,37 @@ def execute(plan: Plan, progress: Progress, *, backbone: Backbone | None = None)
     start = time.perf_counter()
     store = featstore.store.create(plan.config.store)
     stored = store.put_samples(plan.dataset_name, sample_table(plan.dataset), source=plan.dataset.info.source)
-    with contextlib.ExitStack() as stack:
-        model = backbone
-        if plan.passes_todo and model is None:
-            model = stack.enter_context(plan.source.load(plan.device, plan.runs[0].recipe.compute_dtype))
-        outcomes = _open_runs(plan, stored, model, progress)
-        if plan.passes_todo and model is not None:
-            _compute(plan, outcomes, model, progress)
-    store.finish([outcome.run for outcome in outcomes])
+    with ExtractionLog(plan, store.objects, progress) as log:
+        with _engine(plan, store, log, backbone, cluster) as engine:
+            outcomes = _open_runs(plan, stored, engine, log.progress)
+            log.watch(outcomes, engine)
+            if plan.passes_todo:
+                _compute(plan, outcomes, engine, log.progress)
+        store.finish([outcome.run for outcome in outcomes])
     return ExtractReport(
         plan=plan,
         outcomes=tuple(outcomes),
         seconds=time.perf_counter() - start,
-        peak_device_bytes=_peak_device_bytes(plan),
+        peak_device_bytes=engine.peak_device_bytes,
+        workers=tuple(engine.workers),
     )
 
 
-def _peak_device_bytes(plan: Plan) -> int | None:
-    """Largest memory that this process took on the plan's GPU; None on a CPU, and where nothing was computed."""
-    if plan.device == "cpu" or not plan.passes_todo:
-        return None
-    import torch
+def _engine(plan: Plan, store: Store, log: ExtractionLog, backbone: Backbone | None, cluster: Cluster | None) -> Engine:
+    if cluster is None or not plan.passes_todo:
+        return Here(plan, backbone)
+    from featstore.pipelines.cluster.there import There
 
-    return torch.cuda.max_memory_allocated(plan.device)
+    return There(plan, store.objects, cluster, log.progress, log.log.event)
 
 
-def _open_runs(plan: Plan, stored: StoredDataset, model: Backbone | None, progress: Progress) -> list[RunOutcome]:
-    made_by = provenance(_PACKAGES, device=plan.device, hardware=_hardware(plan), cpu_threads=_cpu_threads(plan))
+def _open_runs(plan: Plan, stored: StoredDataset, engine: Engine, progress: Progress) -> list[RunOutcome]:
+    made_by = provenance(_PACKAGES, **engine.provenance)
     rows = stored.rows([sample.key for sample in plan.dataset.samples])[list(plan.wanted)]
-    new = _new_batch_size(plan, model) if any(planned.run is None for planned in plan.runs) else 0
+    new = (plan.config.batch_size or engine.batch_size()) if new_runs(plan) else 0
 
     sizes = [planned.run.batch_size if planned.run is not None else new for planned in plan.runs]
-    bases = _fit(plan, sizes, model, progress)
+    bases = _fit(plan, sizes, engine, progress)
 
     def create(planned: PlannedRun, batch_size: int, fitted: Mapping[str, Basis]) -> RunOutcome:
         run = stored.create_run(
@@ -159,71 +175,25 @@ def _open_runs(plan: Plan, stored: StoredDataset, model: Backbone | None, progre
         return list(pool.map(create, plan.runs, sizes, bases))
 
 
-def _fit(plan: Plan, sizes: Sequence[int], model: Backbone | None, progress: Progress) -> list[dict[str, Basis]]:
+def _fit(plan: Plan, sizes: Sequence[int], engine: Engine, progress: Progress) -> list[dict[str, Basis]]:
     """What reduces the new layers of each run."""
-    if model is None or not plan.fit_passes:
+    if not plan.passes_todo or not plan.fit_passes:
         return [{} for _ in plan.runs]
     progress.start("fitting what reduces channels", plan.fit_passes, "passes")
     try:
-        return [fit(plan.dataset, one, model, size, progress) for one, size in zip(plan.runs, sizes, strict=True)]
+        return engine.fit(sizes, progress)
     finally:
         progress.stop()
 
 
-def _new_batch_size(plan: Plan, model: Backbone | None) -> int:
-    """Rows of every forward pass of the plan's new runs."""
-    if plan.config.batch_size is not None:
-        return plan.config.batch_size
-    recipe = plan.runs[0].recipe
-    if model is None or plan.device == "cpu":
-        return cpu_batch_size(plan.source, recipe.height_px, recipe.width_px)
-
-    def run(rows: int) -> None:
-        size = (recipe.height_px, recipe.width_px)
-        extractor = extractor_of(model, [planned for planned in plan.runs if planned.run is None], rows)
-        images = np.zeros((rows, *size, 3), np.uint8)
-        latents = extractor.encode(images)
-        for index, planned in enumerate(one for one in plan.runs if one.run is None):
-            extractor.run(
-                index,
-                latents,
-                images,
-                ["0" * 64] * rows,
-                planned.recipe.timestep,
-                planned.recipe.seed,
-                [""] * rows,
-                denoise_from=planned.recipe.denoise_from,
-            )
-
-    return probed_batch_size(run, model.device)
-
-
-def _hardware(plan: Plan) -> str:
-    """What the passes run on."""
-    if plan.device == "cpu":
-        return cpu_name()
-    import torch
-
-    return torch.cuda.get_device_name(plan.device)
-
-
-def _cpu_threads(plan: Plan) -> int | None:
-    """Threads that a new run's forward passes get on a CPU: what torch takes here; None where nothing is computed."""
-    if plan.device != "cpu" or not plan.passes_todo:
-        return None
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _compute(plan: Plan, outcomes: Sequence[RunOutcome], model: Backbone, progress: Progress) -> None:
+def _compute(plan: Plan, outcomes: Sequence[RunOutcome], engine: Engine, progress: Progress) -> None:
     """Compute what is missing, and again what another writer of the same blocks has put itself in the place of.
 
     Where nothing locks a block for good (a bucket, a file system without locks), a process that was thought dead can
     still write one that was given to us; rows of ours may then be gone from its record. They are made once more.
     """
     for _ in range(_ROUNDS):
-        compute(plan, outcomes, model, progress)
+        engine.compute(outcomes, progress)
         if not sum([_lost(plan, outcome) for outcome in outcomes]):
             return
         progress.note("another process has written the same blocks; what it replaced is computed again")

@@ -59,6 +59,13 @@ class RunOutcome:
         positions: np.ndarray = self._order[first:last]
         return positions
 
+    def lacking(self, block: int) -> np.ndarray:
+        """Those of `positions` (n,) of which at least one layer's row is still to be computed."""
+        positions = self.positions(block)
+        # Not `todo`, which looks at all N.
+        lacking: np.ndarray = positions[np.logical_or.reduce([mask[positions] for mask in self.missing.values()])]
+        return lacking
+
     def look_again(self, block: int, positions: np.ndarray) -> np.ndarray:
         """Which of these images (n,), all of one block, still lack a row; `missing` is brought up to date.
 

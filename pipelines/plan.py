@@ -225,8 +225,12 @@ class Plan:
         }
 
 
-def make_plan(config: ExtractConfig) -> Plan:
+def make_plan(config: ExtractConfig, *, device: str | None = None) -> Plan:
     """Find out what ``config`` asks for and what of it is already in the store.
+
+    Args:
+        config: what to extract.
+        device: what other machines compute on, which is not looked for on this one; None: this one computes.
 
     Raises:
         BadRequestError: for anything the user named that does not exist or cannot be.
@@ -238,7 +242,7 @@ def make_plan(config: ExtractConfig) -> Plan:
     if config.like is not None:
         dataset = Like(dataset, config.like)
     wanted = select(dataset, split=config.split, limit=config.limit, keys=config.keys)
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     model = config.model or dataset.info.model
     # What its configuration alone can refuse is refused before weights are fetched.
     described = featstore.models.describe(model)

@@ -130,6 +130,19 @@ class Dataset(abc.ABC):
             BadRequestError: if the data set has no such key.
         """
 
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        """`image`, of the bytes that were listed; for who has not listed them, on another machine perhaps.
+
+        Args:
+            key: the image.
+            digest: `Sample.digest` where it was listed.
+
+        Raises:
+            UnreadableImageError: as `image`, and if the bytes here are others, as far as the data set can tell.
+            BadRequestError: as `image`.
+        """
+        return self.image(key)
+
     @abc.abstractmethod
     def mask(self, key: str) -> UInt8Array | None:
         """The labels of one image: uint8 (h, w), `DatasetInfo.ignore_label` for "no label"; None if it has none.
@@ -183,6 +196,11 @@ class Dataset(abc.ABC):
     def caption_source(self) -> str | None:
         """Identity of the per-image captions, for recipes, e.g. ``toyhorse/fine/1``; None: there are none."""
         return None
+
+
+def other_bytes(name: object) -> UnreadableImageError:
+    """The error for an image whose bytes are not those that were listed."""
+    return UnreadableImageError(f"{name}: its bytes are not those that were listed")
 
 
 def resize_mask(mask: UInt8Array, height_px: int, width_px: int) -> UInt8Array:

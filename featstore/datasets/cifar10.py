@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError
+from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError, other_bytes
 from featstore.datasets.cifar10_batches import Batch, read_binary, read_pickle
 from featstore.datasets.entries import DatasetEntry
 from featstore.datasets.files import FileDataset, FileItem, file_digests, unreadable_digest
@@ -78,6 +78,10 @@ class Cifar10Batches(Dataset):
     def image(self, key: str) -> UInt8Array:
         image: UInt8Array = self._all().images[self._place(key)]
         return image.copy()
+
+    @override
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        return _checked(self.image(key), key, digest)
 
     @override
     def mask(self, key: str) -> None:
@@ -160,6 +164,10 @@ class Cifar10Pictures(FileDataset):
         return file_digests(self.root, images, digest_of=_file_pixel_digest, kind="pixel-digests")
 
     @override
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        return _checked(self.image(key), key, digest)
+
+    @override
     def image_label(self, key: str) -> int:
         self._item(key)
         return _label(key)
@@ -171,6 +179,12 @@ def _label(key: str) -> int:
 
 def _pixel_digest(image: UInt8Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def _checked(image: UInt8Array, key: str, digest: str) -> UInt8Array:
+    if _pixel_digest(image) != digest:
+        raise other_bytes(key)
+    return image
 
 
 def _file_pixel_digest(path: Path) -> str:

@@ -13,7 +13,7 @@ import PIL
 from typing_extensions import override
 
 from featstore import cache
-from featstore.datasets.base import Dataset, DatasetInfo, Keypoints, Sample, UInt8Array
+from featstore.datasets.base import Dataset, DatasetInfo, Keypoints, Sample, UInt8Array, other_bytes
 from featstore.datasets.entries import DatasetEntry
 from featstore.datasets.toyhorse import CLASSES, IMAGE_SIZE_PX, KEYPOINTS, SPLITS, Picture, degrade, render_split
 from featstore.datasets.toyhorse.labels import RARE_COATS
@@ -100,6 +100,13 @@ class ToyHorse(Dataset):
         """The picture's pixels, uint8 (64, 64, 3); a copy."""
         return self.picture(key).image.copy()
 
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        """`image`, drawn by a renderer that draws it as it was listed."""
+        image = self.image(key)
+        if _digest(image) != digest:
+            raise other_bytes(key)
+        return image
+
     def mask(self, key: str) -> UInt8Array:
         """The picture's parts, uint8 (64, 64), labels 0..20 of Horse-21; a copy."""
         return self.picture(key).parts.copy()
@@ -159,9 +166,13 @@ class ToyHorse(Dataset):
         pictures = [self._picture(index) for index in range(len(_KEYS))]
         captions = "\n".join(f"{picture.caption}\n{picture.fine_caption}" for picture in pictures)
         return {
-            "digests": [hashlib.sha256(np.ascontiguousarray(p.image).tobytes()).hexdigest() for p in pictures],
+            "digests": [_digest(picture.image) for picture in pictures],
             "captions": hashlib.sha256(captions.encode()).hexdigest()[:16],
         }
+
+
+def _digest(image: UInt8Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 class DegradedToyHorse(ToyHorse):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from featstore import cache
-from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError
+from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError, other_bytes
 from featstore.datasets.pixels import read_image, read_mask
 from featstore.errors import BadRequestError, unknown_name
 
@@ -62,6 +62,20 @@ class FileDataset(Dataset):
             )
         return self._samples
 
+    @property
+    def plain_files(self) -> bool:
+        """Whether each image is the content of one file, and its digest that file's SHA-256."""
+        own = type(self)
+        return own.image is FileDataset.image and own._digests is FileDataset._digests
+
+    def path(self, key: str) -> Path:
+        """File of an image.
+
+        Raises:
+            BadRequestError: if the data set has no such key.
+        """
+        return self._item(key).image
+
     def _digests(self) -> list[str]:
         """The digest of each item."""
         images = [item.image for item in self.items]
@@ -73,6 +87,13 @@ class FileDataset(Dataset):
         if path.is_symlink() and not path.exists():
             raise UnreadableImageError(f"{path}: a broken link to {path.readlink()}")
         return read_image(path)
+
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        """`image`, of a file that has this SHA-256."""
+        path = self._item(key).image
+        if _digest(path) != digest:
+            raise other_bytes(path) if path.exists() else UnreadableImageError(f"{path}: there is no such file")
+        return self.image(key)
 
     def mask(self, key: str) -> UInt8Array | None:
         """The labels in the sample's mask file, uint8 (h, w); None if it has none."""

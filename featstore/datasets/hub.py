@@ -22,7 +22,7 @@ from typing import Any
 from typing_extensions import override
 
 from featstore import cache
-from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError
+from featstore.datasets.base import Dataset, DatasetInfo, Sample, UInt8Array, UnreadableImageError, other_bytes
 from featstore.datasets.entries import DatasetEntry
 from featstore.datasets.pixels import decode_image, decode_mask
 from featstore.errors import BadRequestError, FeatstoreError, NotFoundError
@@ -127,6 +127,13 @@ class HubDataset(Dataset):
     @override
     def image(self, key: str) -> UInt8Array:
         return decode_image(_bytes(self._row(key)[self._columns.image], key), key)
+
+    @override
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        data = _bytes(self._row(key)[self._columns.image], key)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise other_bytes(key)
+        return decode_image(data, key)
 
     @override
     def mask(self, key: str) -> UInt8Array | None:

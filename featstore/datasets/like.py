@@ -16,7 +16,8 @@ class Like(Dataset):
     """
 
     def __init__(self, images: Dataset, info: DatasetInfo) -> None:
-        self._images = images
+        self.images = images
+        """The data set whose images they are."""
         own = images.info
         self._info = dataclasses.replace(info, name=own.name, title=own.title, source=own.source)
 
@@ -28,12 +29,16 @@ class Like(Dataset):
     @property
     @override
     def samples(self) -> tuple[Sample, ...]:
-        return self._images.samples
+        return self.images.samples
 
     @override
     def image(self, key: str) -> UInt8Array:
-        return self._images.image(key)
+        return self.images.image(key)
+
+    @override
+    def image_as(self, key: str, digest: str) -> UInt8Array:
+        return self.images.image_as(key, digest)
 
     @override
     def mask(self, key: str) -> UInt8Array | None:
-        return self._images.mask(key)
+        return self.images.mask(key)

@@ -119,7 +119,7 @@ def test_rows_that_another_writer_replaced_are_made_once_more(tmp_path, wanted, 
     store = tmp_path / "shared.zarr"
     alone = tmp_path / "alone.zarr"
     extract(wanted(alone))
-    genuine, times = featstore.pipelines.extract.compute, []
+    genuine, times = featstore.pipelines.here.compute, []
 
     def disturbed(plan, outcomes, model, progress):
         genuine(plan, outcomes, model, progress)
@@ -127,7 +127,7 @@ def test_rows_that_another_writer_replaced_are_made_once_more(tmp_path, wanted, 
         if len(times) == 1:
             outcomes[0].run.uncommit(range(64, 100))
 
-    monkeypatch.setattr(featstore.pipelines.extract, "compute", disturbed)
+    monkeypatch.setattr(featstore.pipelines.here, "compute", disturbed)
     report = extract(wanted(store)).to_json()
     assert times == [0, 1]
     assert [run["computed"] for run in report["runs"]] == [IMAGES, IMAGES]
