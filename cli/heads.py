@@ -22,6 +22,7 @@ from featstore.cli.options import (
     JsonOption,
     LayersOption,
     ModelOption,
+    SchedulerOption,
     SeedOption,
     StoreOption,
     TechniquesOption,
@@ -32,6 +33,7 @@ from featstore.cli.options import (
 from featstore.cli.selection import RunOption
 from featstore.errors import BadRequestError
 from featstore.pipelines.baseline import BaselineConfig
+from featstore.pipelines.cluster.config import ClusterConfig
 from featstore.pipelines.evaluate import EvaluateConfig
 from featstore.pipelines.evaluate import evaluate as score
 from featstore.pipelines.predict import PredictConfig
@@ -90,6 +92,19 @@ def train_head(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out images whose features are missing, e.g. broken ones.")
     ] = False,
+    pixels_per_image: Annotated[
+        int | None,
+        typer.Option(
+            "--pixels-per-image",
+            metavar="N",
+            help="Hold N labelled pixels of each training image, drawn at random, in the place of whole maps: for "
+            "pixel heads on thousands of images.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="N", help="Processes of this machine that gather those pixels.")
+    ] = 0,
+    scheduler: SchedulerOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the head's files.")] = Path("heads/head"),
@@ -133,6 +148,8 @@ def train_head(
         max_steps=max_steps,
         baseline=parse_baseline(baseline, baseline_weights),
         skip_missing=skip_missing,
+        pixels_per_image=pixels_per_image,
+        cluster=ClusterConfig(workers=workers, scheduler=scheduler),
         device=device,
         out=out,
         seed=seed,

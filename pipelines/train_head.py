@@ -13,6 +13,8 @@ from featstore import pictures
 from featstore.errors import BadRequestError, unknown_name
 from featstore.heads.splits import splits as make_splits
 from featstore.pipelines.baseline import BaselineConfig
+from featstore.pipelines.cluster.config import ClusterConfig, check_store
+from featstore.pipelines.cluster.opening import open_cluster
 from featstore.pipelines.device import resolve_device
 from featstore.pipelines.memory import peak_rss_bytes
 from featstore.pipelines.progress import Progress, Silent
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from featstore.store.cached import CacheUse
 
 
+PIXEL_HEAD = "pixel"
+"""The head that holds its training images, or some of their pixels."""
 ASSIGNERS = "assigners.png"
 """Picture of what the assigners chose, beside the files of a head that amalgamates."""
 
@@ -56,11 +60,15 @@ class TrainHeadConfig:
     """Folder of the head trained on the first split; None: it is not written."""
     seed: int = 0
     """Seed of splits, initial weights and batches."""
+    pixels_per_image: int | None = None
+    """Labelled pixels of each training image that a pixel head gets, for many images; None: all of them."""
+    cluster: ClusterConfig | None = None
+    """Processes that gather those pixels; None: this one."""
     baseline: BaselineConfig | None = None
     """A network that is trained on the images themselves, on the same splits, to compare with; None: none."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown task, head or baseline."""
+        """Refuse an unknown task, head or baseline, and options that do not go together."""
         heads, baselines = TASKS[self.task].heads, TASKS[self.task].baselines
         if self.baseline is not None and self.baseline.name not in baselines:
             those = ", ".join(name for name, kind in TASKS.items() if self.baseline.name in kind.baselines)
@@ -69,6 +77,22 @@ class TrainHeadConfig:
             )
         if self.head is not None and self.head not in heads:
             raise unknown_name(f"head for {self.task}", self.head, heads)
+        if self.pixels_per_image is not None:
+            if self.pixels_per_image < 1:
+                raise BadRequestError(f"{self.pixels_per_image} pixels of an image; 1 or more are needed")
+            if (self.head or heads[0]) != PIXEL_HEAD:
+                raise BadRequestError(
+                    f"--pixels-per-image {self.pixels_per_image} is for the {PIXEL_HEAD!r} head, "
+                    f"not for {self.head or heads[0]!r}",
+                    hint="leave it out: this head reads its maps in batches",
+                )
+        if self.cluster is not None and self.cluster.asked:
+            check_store(self.bucket.store)
+            if self.pixels_per_image is None:
+                raise BadRequestError(
+                    "--workers and --scheduler gather pixels, and without --pixels-per-image there are none to gather",
+                    hint="add --pixels-per-image 256, or leave them out: whole maps are read where the head is trained",
+                )
 
     def settings(self) -> HeadSettings:
         """The part of this that a task needs for building and training a head."""
@@ -79,6 +103,7 @@ class TrainHeadConfig:
             ensemble=self.ensemble,
             max_steps=self.max_steps,
             seed=self.seed,
+            pixels_per_image=self.pixels_per_image,
         )
 
 
@@ -147,10 +172,12 @@ def train_head(config: TrainHeadConfig, progress: Progress | None = None) -> Tra
     prepared = kind.prepare(bucket, rows, progress)
     names = bucket.stored.samples.splits
     chosen = make_splits(config.splits, names, usable=prepared.usable.tolist(), seed=config.seed)
-    results = [
-        prepared.train(split, settings, progress, f"training, split {number + 1} of {len(chosen)}")
-        for number, split in enumerate(chosen)
-    ]
+    with open_cluster(config.cluster, progress, store=config.bucket.store) as cluster:
+        settings = dataclasses.replace(settings, cluster=cluster)
+        results = [
+            prepared.train(split, settings, progress, f"training, split {number + 1} of {len(chosen)}")
+            for number, split in enumerate(chosen)
+        ]
     metrics = summary(kind.metrics, [result.metrics for result in results])
     compared = []
     if config.baseline is not None:
@@ -197,6 +224,7 @@ def _save(config: TrainHeadConfig, out: Path, bucket: OpenBucket, result: Result
         "beside_recipes": [one.run.recipe.to_json() for one in bucket.beside],
         "recipes": [run.recipe.to_json() for run in bucket.runs],
         "seed": config.seed,
+        "pixels_per_image": config.pixels_per_image,
     }
     chosen = result.metrics.get("assigner_weights")
     if chosen and len(bucket.runs) > 1:

@@ -19,6 +19,7 @@ from featstore.heads.features import Features
 from featstore.heads.head import PixelHead, Prediction
 from featstore.heads.pixels import PixelHeadConfig, member_generator
 from featstore.heads.reading import Rows, read_rows, rows_by_block
+from featstore.heads.sampled import PixelSample, SampledTables
 from featstore.heads.tables import PixelTables
 from featstore.heads.task import SegmentationTask
 from featstore.heads.training import Progress, TrainingLog, train_members
@@ -62,6 +63,7 @@ def train_segmentation(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    sample: PixelSample | None = None,
 ) -> SegmentationResult:
     """Train a pixel head on the training rows and score it on the test rows.
 
@@ -75,6 +77,7 @@ def train_segmentation(
         seed: of initial parameters and batches.
         device: where to train and predict.
         progress: called with steps done and steps at most (early stopping ends below that).
+        sample: pixels of the training rows, whose maps are then not read; None: all their labelled pixels.
 
     Raises:
         BadRequestError: if arrays, labels and rows do not fit together, or no training pixel has a label.
@@ -82,27 +85,31 @@ def train_segmentation(
     """
     config = PixelHeadConfig() if config is None else config
     spec = task.spec()
-    labels = task.labels(task.train_rows)
-    flat = labels.reshape(-1)
-    named = np.flatnonzero(flat != task.ignore_label)
+    if sample is None:
+        flat = task.labels(task.train_rows).reshape(-1)
+        named = np.flatnonzero(flat != task.ignore_label)
+        truth = flat[named]
+    else:
+        truth, named = sample.labels, np.arange(len(sample.labels))
     if len(named) < 2:
         raise BadRequestError(
-            f"the {len(labels)} training images have {len(named)} labelled pixels", hint="choose images with labels"
+            f"the {len(task.train_rows)} training images have {len(named)} labelled pixels",
+            hint="choose images with labels",
         )
-    absent = [name for label, name in enumerate(task.classes) if not (flat == label).any()]
+    absent = [name for label, name in enumerate(task.classes) if not (truth == label).any()]
     if absent:
         LOG.warning("classes without a training pixel, which the head cannot learn: %s", ", ".join(absent))
 
     generators = [member_generator(seed, member) for member in range(config.members)]
     head = PixelHead.untrained(dataclasses.replace(spec, absent=tuple(absent)), config, generators).to(device)
-    tables = _read(task.features, head, task.train_rows)
+    tables = _read(task.features, head, task.train_rows) if sample is None else SampledTables(sample, device)
     head.standardise.fit(*tables.moments())
     tables.standardise(head.standardise)
     log = train_members(
         head.members,
         tables,
         torch.from_numpy(named).to(device),
-        torch.from_numpy(flat[named].astype(np.int64)).to(device),
+        torch.from_numpy(truth.astype(np.int64)).to(device),
         config,
         generators=generators,
         progress=progress,

@@ -127,6 +127,23 @@ def given_maps(
     )
 
 
+def shuffled_windows(
+    blocks: Sequence[npt.NDArray[np.int64]], room: int, seed: int, epoch: int
+) -> list[npt.NDArray[np.int64]]:
+    """Rows in block-shuffled order: blocks are drawn at random, and ``room`` of them are shuffled together.
+
+    Args:
+        blocks: rows of each block.
+        room: blocks of a window.
+        seed: of all epochs.
+        epoch: which one.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(blocks))
+    groups = [order[start : start + room] for start in range(0, len(order), room)]
+    return [rng.permutation(np.concatenate([blocks[one] for one in group])) for group in groups]
+
+
 def _parts(array: da.Array, ordered: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     """The ascending rows ``ordered``, cut where the blocks of ``array`` end."""
     ends = np.cumsum(array.chunks[0])
@@ -162,14 +179,11 @@ class Stream:
 
     def windows(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Rows of each window of an epoch, in the order in which they leave."""
-        rng = np.random.default_rng([self.seed, epoch])
         first = next(iter(self.features.maps[0].values()))
         blocks = _parts(first, np.unique(np.asarray(self.rows, np.int64)))
         row_bytes = sum(int(np.prod(a.shape[1:])) * a.dtype.itemsize for _, a in self.features.arrays())
         room = max(1, self.window_bytes // max(1, row_bytes * max(first.chunks[0])))
-        order = rng.permutation(len(blocks))
-        groups = [order[start : start + room] for start in range(0, len(order), room)]
-        return [rng.permutation(np.concatenate([blocks[one] for one in group])) for group in groups]
+        return shuffled_windows(blocks, room, self.seed, epoch)
 
     def epoch(self, number: int) -> Iterator[Maps]:
         """The batches of an epoch.

@@ -19,6 +19,7 @@ from torch.nn import functional
 from featstore.errors import BadRequestError
 from featstore.heads.amalgamation import regulariser
 from featstore.heads.pixels import PixelHeadConfig, PixelMembers
+from featstore.heads.sampled import SampledTables
 from featstore.heads.tables import PixelTables
 
 Progress = Callable[[int, int], None]
@@ -87,7 +88,7 @@ class _Adam:
 
 def train_members(
     members: PixelMembers,
-    tables: PixelTables,
+    tables: PixelTables | SampledTables,
     pixels: Tensor,
     labels: Tensor,
     config: PixelHeadConfig,
@@ -154,7 +155,7 @@ def _groups(members: PixelMembers, device: torch.device) -> list[list[int]]:
 class _Course:
     """Training of one group of members."""
 
-    tables: PixelTables
+    tables: PixelTables | SampledTables
     pixels: Tensor
     labels: Tensor
     config: PixelHeadConfig
@@ -222,7 +223,7 @@ class _Batches:
 
     def __init__(
         self,
-        tables: PixelTables,
+        tables: PixelTables | SampledTables,
         pixels: Tensor,
         labels: Tensor,
         orders: Tensor,

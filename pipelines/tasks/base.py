@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featstore.heads.base import Head
     from featstore.heads.features import Features
     from featstore.pipelines.baseline import BaselineConfig
+    from featstore.pipelines.cluster.connect import Cluster
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ class HeadSettings:
     device: str = "cpu"
     seed: int = 0
     """Of initial weights and batches."""
+    pixels_per_image: int | None = None
+    """Labelled pixels of each training image that a pixel head gets; None: all of them."""
+    cluster: Cluster | None = None
+    """Whose workers gather those; None: this process does."""
 
 
 class Result(Protocol):

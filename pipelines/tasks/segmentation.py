@@ -15,6 +15,7 @@ from typing_extensions import override
 from featstore.datasets import Sample, UnreadableImageError, resize_mask
 from featstore.errors import BadRequestError, IncompatibleError
 from featstore.heads.splits import Split
+from featstore.pipelines.gathering import gather_sample
 from featstore.pipelines.progress import Progress
 from featstore.pipelines.reading import OpenBucket
 from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, PreparedTask, Result, StepProgress
@@ -22,6 +23,7 @@ from featstore.pipelines.tasks.base import HeadSettings, LabelledRows, PreparedT
 if TYPE_CHECKING:
     from featstore.heads import Head, Prediction, SegmentationTask
     from featstore.heads.labels import PackedLabels, PackedMap
+    from featstore.heads.sampled import PixelSample
     from featstore.heads.upernet import MapPrediction
 
 METRICS = ("miou", "accuracy", "macc")
@@ -53,9 +55,15 @@ class Segmentation(PreparedTask):
 
     @override
     def train(self, split: Split, settings: HeadSettings, progress: Progress, title: str) -> Result:
-        train = _train_upernet if settings.head == "upernet" else _train_pixel
+        task = self.task(*split)
+        sample = None
+        if settings.pixels_per_image is not None:
+            count, seed = settings.pixels_per_image, settings.seed
+            sample = gather_sample(self.bucket, task, count, seed=seed, cluster=settings.cluster, progress=progress)
         with StepProgress(progress, title) as advance:
-            return train(self.task(*split), settings, advance)
+            if settings.head == "upernet":
+                return _train_upernet(task, settings, advance)
+            return _train_pixel(task, settings, advance, sample)
 
     @override
     def score(self, head: Head, rows: np.ndarray, progress: Progress) -> dict[str, Any]:
@@ -74,17 +82,20 @@ class Segmentation(PreparedTask):
         )
 
 
-def _train_pixel(task: SegmentationTask, settings: HeadSettings, advance: StepProgress) -> Result:
+def _train_pixel(
+    task: SegmentationTask, settings: HeadSettings, advance: StepProgress, sample: PixelSample | None
+) -> Result:
     from featstore.heads import PixelHeadConfig, train_segmentation
 
-    _require_memory(task)
+    if sample is None:
+        _require_memory(task)
     config = PixelHeadConfig(
         members=settings.ensemble,
         assigners=settings.assigners,
         per_channel=settings.per_channel,
         max_steps=settings.max_steps,
     )
-    return train_segmentation(task, config, seed=settings.seed, device=settings.device, progress=advance)
+    return train_segmentation(task, config, seed=settings.seed, device=settings.device, progress=advance, sample=sample)
 
 
 def _require_memory(task: SegmentationTask) -> None:
@@ -99,7 +110,7 @@ def _require_memory(task: SegmentationTask) -> None:
         raise BadRequestError(
             f"a pixel head holds the maps of its {len(task.train_rows)} training images, {needed / 1e9:.1f} GB; "
             f"{free / 1e9:.1f} GB of memory are free",
-            hint="--head upernet reads them in batches; or take fewer --layers or --techniques",
+            hint="--pixels-per-image 256 holds that many pixels of each instead; --head upernet reads maps in batches",
         )
 
 

@@ -67,7 +67,7 @@ def shards(bucket: Bucket) -> int:
 def test_one_extracts_to_a_bucket_another_trains_from_it_and_a_third_resumes(
     lab_bucket, weights_root, tmp_path, monkeypatch
 ):
-    ada_extracts, ben_looks, ben_trains, cleo_resumes, checks, pulls, pushes, tells_apart = COMMANDS
+    ada_extracts, ben_looks, ben_trains, cleo_resumes, checks, asks, pulls, pushes, tells_apart = COMMANDS
     ada = Person("ada", tmp_path, weights_root)
     ben = Person("ben", tmp_path, None)
     cleo = Person("cleo", tmp_path, weights_root)
@@ -101,6 +101,9 @@ def test_one_extracts_to_a_bucket_another_trains_from_it_and_a_third_resumes(
     again = json.loads(cleo.does(cleo_resumes, "--device", "cpu", "--json"))
     assert [run["computed"] for run in again["runs"]] == [0, 0]
     assert json.loads(cleo.does(checks, "--json"))["ok"]
+    # Newest first: the one with nothing to do, the resumed one, the killed one, Ada's.
+    logs = json.loads(ben.does(asks, "--json"))["logs"]
+    assert [one["state"] for one in logs] == ["done", "done", "killed", "done"]
 
     ben.does(pulls)
     ben.does(pushes)
