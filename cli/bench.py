@@ -9,19 +9,25 @@ import typer
 
 from featstore.cli import console
 from featstore.cli.options import DEFAULT_STORE, DebugOption, DeviceOption, JsonOption, SeedOption
-from featstore.pipelines.bench import SUBJECTS, BenchConfig, tables
+from featstore.errors import BadRequestError
+from featstore.pictures.files import figure_format
+from featstore.pipelines.bench import SUBJECTS, USUAL, BenchConfig, tables
 from featstore.pipelines.bench import bench as measure
+from featstore.pipelines.bench.cluster_picture import save_scaling
 
 
 @console.handled
 def bench(
     subjects: Annotated[
         str, typer.Argument(metavar="SUBJECT,..", help=f"What to measure, of {', '.join(SUBJECTS)}.")
-    ] = ",".join(SUBJECTS),
+    ] = ",".join(USUAL),
     images: Annotated[
         int | None,
         typer.Option(
-            "--images", metavar="N", min=1, help="How many images; default all of toyhorse, 10,000 for scale."
+            "--images",
+            metavar="N",
+            min=1,
+            help="How many images; default all of toyhorse, 10,000 for scale, 1,000,000 for cluster.",
         ),
     ] = None,
     repeats: Annotated[
@@ -32,6 +38,12 @@ def bench(
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", min=1, help="Rows of every forward pass.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=1, help="Most simulated workers of cluster; default 64.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Draw the scaling of cluster, .png or .svg.")
     ] = None,
     device: DeviceOption = None,
     store: Annotated[
@@ -48,16 +60,26 @@ def bench(
 
     **Example**: `featstore bench extract --repeats 5`
     """
+    asked = tuple(part.strip() for part in subjects.split(","))
+    if picture is not None:
+        figure_format(picture)
+        if "cluster" not in asked:
+            raise BadRequestError(
+                "--picture is of the scaling of a cluster", hint="featstore bench cluster --picture .."
+            )
     config = BenchConfig(
         images=images,
         repeats=repeats,
         max_steps=max_steps,
         batch_size=batch_size,
+        workers=workers,
         device=device,
         beside=Path(store),
         seed=seed,
     )
-    results = measure(tuple(part.strip() for part in subjects.split(",")), config, console.Bar())
+    results = measure(asked, config, console.Bar())
+    if picture is not None:
+        save_scaling(picture, results["cluster"])
     if as_json:
         console.print_json(results)
         return

@@ -1,4 +1,4 @@
-"""What limits this machine: extraction against bare passes and the common way, the store against other engines, heads.
+"""What limits this machine: extraction beside bare passes and the common way, the store beside others, heads, clusters.
 
 Every figure is a ratio of sides that were measured in turn in one process; absolute rates are printed beside it.
 """
@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import BadRequestError, unknown_name
-from featstore.pipelines.bench import heads, scale, storage
+from featstore.pipelines.bench import cluster, gathering, heads, scale, storage
+from featstore.pipelines.bench.cluster import bench_cluster
 from featstore.pipelines.bench.config import BenchConfig
 from featstore.pipelines.bench.extraction import bench_extract
+from featstore.pipelines.bench.gathering import bench_gather
 from featstore.pipelines.bench.heads import bench_head
 from featstore.pipelines.bench.scale import bench_scale
 from featstore.pipelines.bench.storage import bench_store
 from featstore.pipelines.progress import Progress, Silent
 
-__all__ = ["SUBJECTS", "BenchConfig", "bench", "tables"]
+__all__ = ["SUBJECTS", "USUAL", "BenchConfig", "bench", "tables"]
 
-SUBJECTS = ("extract", "store", "scale", "head")
+SUBJECTS = ("extract", "store", "scale", "head", "gather", "cluster")
+USUAL = tuple(subject for subject in SUBJECTS if subject != "cluster")
+"""What is measured unless something is asked for: a cluster takes most of an hour."""
 
 
 def bench(subjects: tuple[str, ...], config: BenchConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -38,6 +42,8 @@ def bench(subjects: tuple[str, ...], config: BenchConfig, progress: Progress | N
         "store": functools.partial(bench_store, progress=progress),
         "scale": functools.partial(bench_scale, progress=progress),
         "head": bench_head,
+        "gather": functools.partial(bench_gather, progress=progress),
+        "cluster": functools.partial(bench_cluster, progress=progress),
     }
     for subject in subjects:
         if subject not in measures:
@@ -57,4 +63,5 @@ def tables(subject: str, figures: Mapping[str, Any]) -> list[scale.Table]:
     """Those of a subject's figures that are better looked at as tables: title, column heads, rows of texts."""
     makers: dict[str, Callable[[Mapping[str, Any]], Iterable[scale.Table]]]
     makers = {"store": storage.tables, "scale": scale.tables, "head": heads.tables}
+    makers |= {"gather": gathering.tables, "cluster": cluster.tables}
     return list(makers[subject](figures)) if subject in makers else []

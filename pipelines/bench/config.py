@@ -11,7 +11,7 @@ class BenchConfig:
     """How much to measure."""
 
     images: int | None = None
-    """Images of toyhorse; None: all."""
+    """Images of toyhorse, or most images of what grows with them; None: all, or as many as the benchmark says."""
     repeats: int = 3
     """Pairs of measurements; medians are reported."""
     max_steps: int | None = None
@@ -28,5 +28,11 @@ class BenchConfig:
     """Splits on which heads are compared with the common way."""
     shrink: int = 1
     """Divides the channels of random features, for tests."""
+    workers: int | None = None
+    """Most simulated workers of a cluster; None: 64."""
+    block_seconds: float = 1.0
+    """For which a simulated block's passes are slept through."""
+    blocks: int = 20
+    """Simulated blocks for each worker."""
     seed: int = 0
     """Seed of noise, random maps and heads."""

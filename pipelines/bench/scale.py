@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 import featstore.store
 from featstore.datasets import Dataset, DatasetInfo, Sample, UnreadableImageError
@@ -67,7 +68,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 
 def _measure(url: Path, size: int) -> dict[str, int | float]:
-    dataset = _Many(size)
+    dataset = Many(size)
     store, runs = _fill(url, dataset)
     first = runs[0]
     state: dict[str, Any] = {}
@@ -94,7 +95,7 @@ def _measure(url: Path, size: int) -> dict[str, int | float]:
     row["resume"] = seconds(planned)
     _expect(state["lacking"], len(first.block_rows(block)))
     row["commit"] = statistics.median(_commits(first, block))
-    larger = _table(_Many(size + 64))
+    larger = _table(Many(size + 64))
     row["grow"] = seconds(lambda: store.put_samples(_DATASET, larger, source="made up"))
     row["finish"] = seconds(lambda: store.finish([first]))
     return row
@@ -133,7 +134,7 @@ def _fill(url: Path, dataset: Dataset) -> tuple[Store, list[Run]]:
     return store, runs
 
 
-class _Many(Dataset):
+class Many(Dataset):
     """Images that nobody ever looks at."""
 
     def __init__(self, count: int) -> None:
@@ -143,16 +144,20 @@ class _Many(Dataset):
         )
 
     @property
+    @override
     def info(self) -> DatasetInfo:
         return DatasetInfo(name=_DATASET, title="many images", plain_prompt="", source="made up")
 
     @property
+    @override
     def samples(self) -> tuple[Sample, ...]:
         return self._samples
 
+    @override
     def image(self, key: str) -> np.ndarray:
         raise UnreadableImageError(f"{key} is made up")
 
+    @override
     def mask(self, key: str) -> None:
         return None
 

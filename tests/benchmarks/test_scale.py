@@ -21,7 +21,7 @@ SMALL, LARGE = 640, 4 * PART_ROWS
 @pytest.fixture(scope="module", params=[SMALL, LARGE])
 def filled(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale") / "s.zarr"
-    _, runs = scale._fill(folder, scale._Many(request.param))
+    _, runs = scale._fill(folder, scale.Many(request.param))
     return folder, request.param, runs[0].path, runs[0].recipe
 
 
@@ -50,7 +50,7 @@ def test_opening_and_finding_ask_for_the_same_whatever_is_there(filled, requests
 def test_a_plan_asks_for_parts_of_the_table_and_one_snapshot(filled, requests):
     folder, size, _, recipe = filled
     dataset = featstore.store.open(folder).dataset("many")
-    missing = Presence(scale._Many(size), range(size), dataset).missing(dataset.find(recipe), list(scale._LAYERS))
+    missing = Presence(scale.Many(size), range(size), dataset).missing(dataset.find(recipe), list(scale._LAYERS))
     assert not any(mask.any() for mask in missing.values())
     # Keys and digests in parts, two array documents a layer, one snapshot; no record of any block.
     assert sum(requests.values()) <= 8 + 2 * -(-size // PART_ROWS) + 2 * len(scale._LAYERS)
@@ -64,7 +64,7 @@ def test_resuming_looks_at_the_incomplete_blocks_alone(filled, requests):
     store.finish([run])
     requests.clear()
     dataset = featstore.store.open(folder).dataset("many")
-    missing = Presence(scale._Many(size), range(size), dataset).missing(dataset.find(recipe), list(scale._LAYERS))
+    missing = Presence(scale.Many(size), range(size), dataset).missing(dataset.find(recipe), list(scale._LAYERS))
     assert np.flatnonzero(missing["layer0"]).tolist() == list(run.block_rows(3))
     assert sum(requests.values()) <= 9 + 2 * -(-size // PART_ROWS) + 2 * len(scale._LAYERS)
     rows = list(run.block_rows(3))
