@@ -6,7 +6,7 @@ JOBS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo test test-full lint install clean
+.PHONY: demo test test-full lint install clean docker-lock docker-check
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -33,6 +33,15 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -n $(JOBS) -v --durations=15 | tee docs/benchmarks/test-full.log
+
+# Renews the packages that the images pin.
+docker-lock: install
+	$(BIN)/python -m pip install --quiet "uv>=0.9"
+	$(BIN)/python docker/lock.py
+
+# Builds both images without an engine, and tries them; as root, on Debian. Minutes and 25 GB of disk.
+docker-check: install
+	PYTHON=$(BIN)/python docker/check.sh
 
 clean:
 	rm -rf .check build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
