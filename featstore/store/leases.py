@@ -149,8 +149,7 @@ def acquire(objects: Objects, run: str, block: int, job: str = "") -> Lease | Ho
         if not objects.put_new(_key(run, block, generation), _statement(nonce, expires, job), durable=False):
             continue
         lease = Lease(objects, run, block, generation, nonce=nonce, expires=expires, job=job)
-        others = [one for one in _generations(objects, run).get(block, []) if one != generation]
-        rival = _alive(objects, run, block, others, job)
+        rival, others = _others(objects, run, block, generation, job)
         if rival is not None:
             lease.release()
             return rival
@@ -172,6 +171,20 @@ def _alive(objects: Objects, run: str, block: int, generations: Sequence[int], j
         if found is not None and found[1] and not (job and found[0].job == job):
             return found[0]
     return None
+
+
+def _others(objects: Objects, run: str, block: int, own: int, job: str) -> tuple[Holder | None, list[int]]:
+    """Who else holds a block's lease; if nobody, the generations of others, which are all over."""
+    listed: list[int] = []
+    while True:
+        before, listed = listed, [one for one in _generations(objects, run).get(block, []) if one != own]
+        # What is gone since it was listed says nothing: its holder may have renewed more than once meanwhile. Only
+        # if all of it is still there was nobody alive. Who comes later sees one's own, and steps back.
+        if set(before).issubset(listed) and (before or not listed):
+            return None, before
+        rival = _alive(objects, run, block, listed, job)
+        if rival is not None:
+            return rival, listed
 
 
 def _generations(objects: Objects, run: str) -> dict[int, list[int]]:

@@ -613,3 +613,21 @@ def test_a_lease_of_the_same_job_is_not_waited_for(objects):
     assert isinstance(acquire(objects, RUN, 5), Holder)
     second.release()
     assert held(objects, RUN) == []
+
+
+def test_a_holder_who_renews_while_another_looks_is_seen(objects, monkeypatch):
+    """One who is slow between a listing and its reads finds nothing of what was listed."""
+    holder = acquire(objects, RUN, 0)
+    names, looks = objects.names, []
+
+    def slow_names(folder):
+        found = list(names(folder))
+        if len(looks) < 2:
+            looks.append(found)
+            assert all(holder.renew() for _ in range(3))
+        return found
+
+    monkeypatch.setattr(objects, "names", slow_names)
+    assert isinstance(acquire(objects, RUN, 0), Holder)
+    assert len(looks) == 2
+    assert holder.renew()
